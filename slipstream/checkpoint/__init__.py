@@ -1,0 +1,1 @@
+"""Readers of model files, one per format. `open_checkpoint` is the only door."""

@@ -1,0 +1,57 @@
+"""What does a model file offer, whatever its format?
+
+A checkpoint streams: a tensor is a name, a shape and a way to read some of its rows; nothing is materialised
+until a parameter asks for it. Every size and offset is checked against the file before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Format = Literal["hf", "gguf"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightTensor:
+    """One named tensor of a checkpoint.
+
+    `shape` is in torch's order (out, in). `dtype` is the stored type's name, e.g. "BF16" or "Q4_1".
+    `read(start, stop)` returns rows start..stop of dim 0 on the CPU as a new or borrowed floating tensor
+    (float32 for quantised types, the stored type otherwise); callers copy, they never write into it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+    read: Callable[[int, int], Tensor]
+
+    def read_all(self) -> Tensor:
+        return self.read(0, self.shape[0])
+
+
+class Checkpoint(Protocol):
+    """An opened model: its configuration, its tensors, and what its tokenizer is made from.
+
+    `config` is the parsed `config.json` ("hf") or the metadata of the file ("gguf", keys as in the file, the
+    tokenizer's arrays included). `generation_config` is {} where the model has none.
+    """
+
+    format: Format
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+
+    def tensor_names(self) -> list[str]: ...
+
+    def tensors(self) -> Iterator[WeightTensor]:
+        """Yield every tensor once, in file order."""
+        ...
+
+    def close(self) -> None: ...

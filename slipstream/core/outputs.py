@@ -1,0 +1,83 @@
+"""What does a user get back? `RequestOutput`, its `CompletionOutput`s and the events they are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import msgspec
+
+from slipstream.core.errors import RequestError
+from slipstream.core.plan import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+
+
+class TokenEvent(msgspec.Struct, omit_defaults=True):
+    """One element of an engine's event stream: new tokens of one sample of one request.
+
+    `index` is the sample of n. `finish_reason` is None while the sample goes on; `stop_reason` is the stop
+    token id that ended it. `error` is (message, code).
+    """
+
+    request_id: str
+    index: int
+    new_token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    error: tuple[str, str] | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Logprob:
+    """Log-probability of one token at one position; `rank` 1 is the most likely."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class RequestMetrics:
+    """Seconds on the monotonic clock; None until the event happened."""
+
+    arrival_s: float
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+
+@dataclasses.dataclass(slots=True)
+class CompletionOutput:
+    """One sample. `text_diff` and `token_ids_diff` are what the last streamed update added."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list[int])
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    text_diff: str = ""
+    token_ids_diff: list[int] = dataclasses.field(default_factory=list[int])
+
+
+@dataclasses.dataclass(slots=True)
+class RequestOutput:
+    """One prompt's result. `error` is None or why this prompt, and no other, failed."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    finished: bool = False
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    lora_request: Any = None
+    error: RequestError | None = None

@@ -1,0 +1,102 @@
+"""What may a user ask of sampling? The public `SamplingParams` and its serialisable core `RowSampling`.
+
+Fields are checked in `Request.create`, not here: the bounds depend on the model, and one gate below every
+entry point refuses the same things everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from slipstream.core.options import options
+
+
+@options(
+    aliases={
+        "max_new_tokens": "max_tokens",
+        "min_new_tokens": "min_tokens",
+        "bad_words": "bad",
+        "structured_outputs": "guided_decoding",
+        "random_seed": "seed",
+    }
+)
+class SamplingParams:
+    """How one request turns logits into tokens, and when it stops.
+
+    Greedy while `temperature`, `top_p` and `top_k` are all None; otherwise an unset `temperature` is 1.0.
+    `temperature=0` is greedy too. `max_tokens=None` fills the context. `seed=None` draws fresh randomness.
+    `logprobs=k` returns the k most likely tokens of each position besides the sampled one, as raw
+    log-softmax of the model's logits. `token_ids` of the output include the stop token that ended it, the
+    text does not unless `include_stop_str_in_output`.
+    """
+
+    max_tokens: int | None = 32
+    min_tokens: int = 0
+    n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    bad: str | Sequence[str] | None = None
+    bad_token_ids: Sequence[int] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    logit_bias: Mapping[int, float] | None = None
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    return_context_logits: bool = False
+    return_generation_logits: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    detokenize: bool = True
+    truncate_prompt_tokens: int | None = None
+    guided_decoding: Any = None
+    logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class RowSampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The resolved, serialisable part of `SamplingParams` that a row carries on the device.
+
+    `temperature` 0.0 means greedy; `top_k` 0, `top_p` 1.0 and `min_p` 0.0 mean off. While fewer than
+    `min_tokens` tokens are generated, every id of `stop_ids` is masked. `logprobs` -1 means none.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int = -1
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        )
