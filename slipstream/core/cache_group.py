@@ -1,4 +1,4 @@
-"""What must the cache keep for a set of layers? Declared by the model, completed by `cache.groups.resolve`."""
+"""What must the cache keep for some layers? Declared by the model, completed by `cache.groups.resolve`."""
 
 from __future__ import annotations
 

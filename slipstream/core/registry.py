@@ -15,7 +15,7 @@ from slipstream.core.errors import ConfigError, nearest
 
 
 class Registry:
-    """Named rows of one kind, e.g. `Registry("model architecture", {"LlamaForCausalLM": "pkg.mod:Class"})`."""
+    """Named rows of one kind, e.g. `Registry("model architecture", {"MyModel": "package.module:Class"})`."""
 
     def __init__(self, kind: str, rows: dict[str, str]) -> None:
         self.kind = kind

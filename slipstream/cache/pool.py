@@ -1,0 +1,136 @@
+"""Which pages are free, and when may one be used again?
+
+Invariant: a page is in exactly one place: held (references > 0), retiring (its last references fall when a
+step retires), or free (blank, or still holding reusable content in least-recently-used order). A page that
+some outstanding step or transfer names is never handed out. Page 0 is the null page: all zeros, never handed
+out, never written.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+
+NULL_PAGE = 0
+
+
+class PagePool:
+    """Reference counts and free lists of `num_pages` equal pages, page 0 included.
+
+    `on_evict(page)` is called when a free page that still holds reusable content is taken for new content.
+    """
+
+    def __init__(self, num_pages: int, *, on_evict: Callable[[int], None]) -> None:
+        assert num_pages >= 2
+        self.num_pages = num_pages
+        self._on_evict = on_evict
+        self._references = [0] * num_pages
+        self._blank: list[int] = list(range(num_pages - 1, NULL_PAGE, -1))
+        self._reusable: OrderedDict[int, None] = OrderedDict()
+        self._is_keyed = bytearray(num_pages)
+        self._is_tainted = bytearray(num_pages)
+        self._retiring: deque[tuple[int, list[int]]] = deque()
+        self._num_retiring = 0
+        self._last_retired = -1
+
+    @property
+    def num_usable(self) -> int:
+        """Pages that requests can ever hold."""
+        return self.num_pages - 1
+
+    @property
+    def num_free(self) -> int:
+        return len(self._blank) + len(self._reusable)
+
+    @property
+    def num_retiring(self) -> int:
+        """References that fall when outstanding steps retire: an upper bound of the pages they free."""
+        return self._num_retiring
+
+    def references(self, page: int) -> int:
+        return self._references[page]
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` pages with one reference each, blank ones first; None if there are not enough."""
+        if count > self.num_free:
+            return None
+        pages: list[int] = []
+        for _ in range(count):
+            if self._blank:
+                page = self._blank.pop()
+            else:
+                page, _ = self._reusable.popitem(last=False)
+                self._is_keyed[page] = 0
+                self._on_evict(page)
+            self._references[page] = 1
+            pages.append(page)
+        return pages
+
+    def acquire(self, page: int) -> None:
+        """Add a reference to a page that holds reusable content, taking it off the free list."""
+        if self._references[page] == 0:
+            del self._reusable[page]
+        self._references[page] += 1
+
+    def release(self, pages: Iterable[int], *, after_step: int) -> None:
+        """Drop one reference to each page once step `after_step` has retired (at once if it has)."""
+        held = [page for page in pages if page > NULL_PAGE]
+        if not held:
+            return
+        if after_step <= self._last_retired:
+            self._drop(held)
+        else:
+            self._retiring.append((after_step, held))
+            self._num_retiring += len(held)
+
+    def retire(self, step_id: int) -> None:
+        """Note that step `step_id`, and so every earlier one, no longer touches any page."""
+        self._last_retired = max(self._last_retired, step_id)
+        if not self._retiring:
+            return
+        waiting: deque[tuple[int, list[int]]] = deque()
+        for after_step, pages in self._retiring:
+            if after_step <= self._last_retired:
+                self._num_retiring -= len(pages)
+                self._drop(pages)
+            else:
+                waiting.append((after_step, pages))
+        self._retiring = waiting
+
+    def set_keyed(self, page: int, is_keyed: bool) -> None:
+        """Say whether a page's content can be found by the prefix index (and so is worth keeping)."""
+        self._is_keyed[page] = is_keyed
+        if not is_keyed and self._references[page] == 0 and page in self._reusable:
+            del self._reusable[page]
+            self._blank.append(page)
+
+    def taint(self, page: int) -> None:
+        """Mark a page whose content may be NaN: it must be zeroed before its next use."""
+        self._is_tainted[page] = 1
+
+    def take_tainted(self, pages: Iterable[int]) -> list[int]:
+        """Return those of `pages` that must be zeroed now, and clear their mark."""
+        tainted = [page for page in pages if self._is_tainted[page]]
+        for page in tainted:
+            self._is_tainted[page] = 0
+        return tainted
+
+    def _drop(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            count = self._references[page] - 1
+            assert count >= 0, f"page {page} freed twice"
+            self._references[page] = count
+            if count == 0:
+                if self._is_keyed[page]:
+                    self._reusable[page] = None
+                else:
+                    self._blank.append(page)
+
+    def check(self) -> None:
+        """Assert that no page is lost, free twice, or both held and free. For tests; O(pages)."""
+        free = [*self._blank, *self._reusable]
+        assert len(free) == len(set(free)), "a page is free twice"
+        assert NULL_PAGE not in free, "the null page is free"
+        held = {page for page in range(1, self.num_pages) if self._references[page] > 0}
+        assert held.isdisjoint(free), "a held page is free"
+        assert len(held) + len(free) == self.num_usable, "a page leaked"

@@ -1,0 +1,130 @@
+"""Which pages already hold the K and V of these tokens?
+
+A node is one block's content: its key, its tokens, and a page per group (absent where that group evicted it).
+Lookup walks a chain of keys through one dictionary; the children of a key are scanned only for a partial
+match of the block after the last full hit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slipstream.cache.pool import NULL_PAGE, PagePool
+
+# Children compared for a partial match; more siblings than this are not worth the time of a plan.
+MAX_SCANNED_CHILDREN = 16
+
+
+class Node:
+    """Content of one block. `step_id` is the step whose forward writes its last token."""
+
+    __slots__ = ("key", "num_pages", "pages", "parent", "step_id", "tokens")
+
+    def __init__(
+        self, key: bytes, parent: bytes, tokens: Sequence[int], num_groups: int, step_id: int
+    ) -> None:
+        self.key = key
+        self.parent = parent
+        self.tokens = tuple(tokens)
+        self.pages = [NULL_PAGE] * num_groups
+        self.num_pages = 0
+        self.step_id = step_id
+
+
+class PrefixIndex:
+    """Key -> node, parent key -> children, page -> node."""
+
+    def __init__(self, num_groups: int) -> None:
+        self._num_groups = num_groups
+        self._nodes: dict[bytes, Node] = {}
+        self._children: dict[bytes, dict[bytes, Node]] = {}
+        self._node_of_page: dict[int, Node] = {}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def get(self, key: bytes) -> Node | None:
+        return self._nodes.get(key)
+
+    def insert(
+        self,
+        *,
+        key: bytes,
+        parent: bytes,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        step_id: int,
+        pool: PagePool,
+    ) -> Node:
+        """Add a block's pages (NULL_PAGE: that group has none); a group that already has one keeps it."""
+        node = self._nodes.get(key)
+        if node is None:
+            node = self._nodes[key] = Node(key, parent, tokens, self._num_groups, step_id)
+            self._children.setdefault(parent, {})[key] = node
+        for group, page in enumerate(pages):
+            if page == NULL_PAGE or node.pages[group] != NULL_PAGE or page in self._node_of_page:
+                continue
+            node.pages[group] = page
+            node.num_pages += 1
+            node.step_id = max(node.step_id, step_id)
+            self._node_of_page[page] = node
+            pool.set_keyed(page, True)
+        if node.num_pages == 0:
+            self._remove(node)
+        return node
+
+    def forget_page(self, page: int) -> None:
+        """Drop one page from its node (it was evicted or its content is bad), and the node when empty."""
+        node = self._node_of_page.pop(page, None)
+        if node is None:
+            return
+        node.pages[node.pages.index(page)] = NULL_PAGE
+        node.num_pages -= 1
+        if node.num_pages == 0:
+            self._remove(node)
+
+    def withdraw(self, pages: Sequence[int], pool: PagePool) -> None:
+        """Forget pages whose owner still holds them, or whose content must not be found again."""
+        for page in pages:
+            if page in self._node_of_page:
+                self.forget_page(page)
+                pool.set_keyed(page, False)
+
+    def longest_partial(
+        self, parent: bytes, tokens: Sequence[int], *, before_step: int
+    ) -> tuple[Node | None, int]:
+        """Return the child of `parent` with the longest common start with `tokens`, and that length.
+
+        Only complete nodes written by a step before `before_step` count: a page copy runs ahead of the
+        forward of its own step.
+        """
+        best: Node | None = None
+        best_length = 0
+        for scanned, node in enumerate(self._children.get(parent, {}).values()):
+            if scanned == MAX_SCANNED_CHILDREN:
+                break
+            if node.num_pages < self._num_groups or node.step_id >= before_step:
+                continue
+            length = _common_length(node.tokens, tokens)
+            if length > best_length:
+                best, best_length = node, length
+        return best, best_length
+
+    def clear(self, pool: PagePool) -> None:
+        """Forget everything; pages in use stay with their holders."""
+        self.withdraw(list(self._node_of_page), pool)
+
+    def _remove(self, node: Node) -> None:
+        del self._nodes[node.key]
+        siblings = self._children[node.parent]
+        del siblings[node.key]
+        if not siblings:
+            del self._children[node.parent]
+
+
+def _common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    length = min(len(left), len(right))
+    for position in range(length):
+        if left[position] != right[position]:
+            return position
+    return length

@@ -1,0 +1,1 @@
+"""The loop: plan, execute, commit, emit. The only room that sees everything below."""

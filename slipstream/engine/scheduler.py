@@ -1,0 +1,527 @@
+"""What runs in the next step, and what did the last one bring? `plan` and `commit`, over integers only.
+
+Invariants: the scheduler owns rows and pages; a plan names only pages that no outstanding step or transfer
+still needs for something else; running rows come before new ones; the latest arrival is preempted first and
+returns with its original arrival, so the oldest request always advances. Continuous batching after Orca (Yu
+et al., OSDI 2022), chunked prefill after Sarathi-Serve (arXiv:2403.02310), paging after PagedAttention
+(arXiv:2309.06180); departures: plans are deltas, and requests that share a prefix being computed wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections import deque
+from collections.abc import Iterator
+
+from slipstream.cache.kv_cache import Hit, KvCache
+from slipstream.cache.promises import Promises
+from slipstream.core.errors import RequestError
+from slipstream.core.outputs import FinishReason, TokenEvent
+from slipstream.core.plan import RequestInit, Span, StepPlan, StepResult
+from slipstream.core.request import Request
+from slipstream.engine.sequence import Sequence, State
+
+
+@dataclasses.dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start; none of them can be derived from the output."""
+
+    num_plans: int = 0
+    num_admissions: int = 0
+    num_preemptions: int = 0
+    num_chunks: int = 0
+    num_cached_tokens: int = 0
+    num_copied_blocks: int = 0
+    num_parked: int = 0
+    num_short_rows: int = 0
+    num_rewound: int = 0
+    num_planned_tokens: int = 0
+    executed_tokens: int = 0
+    max_outstanding: int = 0
+
+
+class Scheduler:
+    """Plans steps of at most `max_num_tokens` tokens over at most `max_batch_size` rows."""
+
+    def __init__(
+        self,
+        cache: KvCache,
+        *,
+        max_batch_size: int,
+        max_num_tokens: int,
+        enable_chunked_prefill: bool = True,
+    ) -> None:
+        self.cache = cache
+        self.stats = SchedulerStats()
+        self._max_num_tokens = max_num_tokens
+        self._enable_chunked_prefill = enable_chunked_prefill
+        self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._waiting: list[tuple[int, Sequence]] = []
+        self._num_waiting = 0
+        self._promises: Promises[Sequence] = Promises()
+        self._tail_keys: list[bytes] = []
+        self._prefilling: list[Sequence] = []
+        self._decoding: dict[int, Sequence] = {}
+        self._free_rows = list(range(max_batch_size - 1, -1, -1))
+        self._removed: list[int] = []
+        self._outstanding: deque[tuple[int, list[tuple[int, Sequence, int]]]] = deque()
+        self._next_order = 0
+        self._next_step_id = 0
+        self._last_committed = -1
+        self._is_short = False
+        self._blocked: tuple[Sequence, int] | None = None
+
+    # -- what is there -------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return len(self._decoding) + len(self._prefilling)
+
+    @property
+    def num_outstanding(self) -> int:
+        return len(self._outstanding)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._outstanding)
+
+    def running(self) -> list[Sequence]:
+        return [*self._decoding.values(), *self._prefilling]
+
+    # -- requests come and go ------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue every sample of a request; raises RequestError where it can never fit."""
+        self._check_fits(request)
+        for sample in request.samples():
+            key = (sample.request_id, sample.sample_idx)
+            if key in self._sequences:
+                raise RequestError(
+                    f"Request id {request.request_id!r} is in use; ids must be unique while they run.",
+                    param="request_id",
+                )
+            table = self.cache.new_table(salt=sample.cache_salt)
+            sequence = Sequence(sample, self._next_order, table)
+            self._next_order += 1
+            self._sequences[key] = sequence
+            self._enqueue(sequence)
+
+    def _check_fits(self, request: Request) -> None:
+        num_prompt = len(request.prompt_token_ids)
+        total = num_prompt + request.max_tokens
+        needed = self.cache.pages_for(total, max_span=self._max_num_tokens)
+        usable = self.cache.pool.num_usable
+        if needed > usable:
+            raise RequestError(
+                f"The request needs {needed} cache pages ({num_prompt} prompt tokens + {request.max_tokens} "
+                f"to generate), the cache has {usable}; shorten it, lower max_tokens, or start the engine "
+                "with a larger KvCacheConfig(max_tokens=...).",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if not self._enable_chunked_prefill and num_prompt > self._max_num_tokens:
+            raise RequestError(
+                f"The prompt has {num_prompt} tokens and a step runs at most {self._max_num_tokens} while "
+                "chunked prefill is off; raise max_num_tokens or leave enable_chunked_prefill on.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def abort(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
+        """End a request (or its sample `index`) now, wherever it is; unknown or finished ids are ignored."""
+        events: list[TokenEvent] = []
+        indices = [index] if index is not None else [i for r, i in self._sequences if r == request_id]
+        for sample_idx in indices:
+            sequence = self._sequences.get((request_id, sample_idx))
+            if sequence is not None:
+                self._finish(sequence)
+                events.append(_event(sequence, finish_reason="cancelled"))
+        return events
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+        self._num_waiting += 1
+
+    # -- plan ----------------------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan | None:
+        """Return the next step, or None where nothing can run before an outstanding step is committed."""
+        for sequence in self._promises.end(self._tail_keys):
+            self._unpark(sequence)
+        self._tail_keys = []
+        removed, self._removed = self._removed, []
+        self._free_rows += removed
+        plan = StepPlan(self._next_step_id)
+        entries: list[tuple[int, Sequence, int]] = []
+        self._is_short = False
+        self._plan_decodes(plan, entries)
+        budget = self._max_num_tokens - len(plan.spans)
+        budget = self._plan_chunks(plan, entries, budget)
+        if not self._is_short:
+            budget = self._plan_admissions(plan, entries, budget)
+        if not plan.spans:
+            self._removed = removed + self._removed
+            del self._free_rows[len(self._free_rows) - len(removed) :]
+            return None
+        plan.removed = removed
+        self._next_step_id += 1
+        self._outstanding.append((plan.step_id, entries))
+        stats = self.stats
+        stats.num_plans += 1
+        stats.num_planned_tokens += self._max_num_tokens - budget
+        stats.max_outstanding = max(stats.max_outstanding, len(self._outstanding))
+        return plan
+
+    def _plan_decodes(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]]) -> None:
+        """Give every decoding row one token. This loop is the host's cost at a large batch: keep it flat."""
+        step_id = plan.step_id
+        add_span, add_sample, add_entry = plan.spans.append, plan.sample.append, entries.append
+        for row, sequence in list(self._decoding.items()):
+            start = sequence.num_scheduled
+            if start > sequence.last_decode_start or sequence.row != row:
+                continue
+            if start >= sequence.table.capacity and not self._grow_decode(plan, sequence, start):
+                continue
+            add_span(Span(row, start, 1))
+            add_sample(row)
+            sequence.num_scheduled = start + 1
+            sequence.num_in_flight += 1
+            sequence.last_step = step_id
+            add_entry((row, sequence, start + 1))
+
+    def _grow_decode(self, plan: StepPlan, sequence: Sequence, start: int) -> bool:
+        """Take the next block of a decoding row (once every block_tokens steps); False if it must wait."""
+        table = sequence.table
+        self.cache.publish(table, sequence.tokens, start, step_id=sequence.last_step)
+        self.cache.trim(table, start, after_step=sequence.last_step)
+        return self._extend(plan, sequence, start + 1)
+
+    def _extend(self, plan: StepPlan, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a running row pages for `num_tokens`, or note that it is short and make room for later."""
+        table = sequence.table
+        if num_tokens <= table.capacity:
+            return True
+        grown = None if self._is_short else self.cache.extend(table, num_tokens)
+        if grown is None:
+            self._make_room(sequence)
+            return False
+        plan.copies += self.cache.zeroing(grown)
+        for group, pages in enumerate(grown):
+            if pages:
+                plan.new_blocks.setdefault(group, []).append((sequence.row, pages))
+        return True
+
+    def _make_room(self, sequence: Sequence) -> None:
+        """Preempt the latest arrival, unless pages are already on their way back."""
+        self.stats.num_short_rows += 1
+        is_first, self._is_short = not self._is_short, True
+        if is_first and not self.cache.pool.num_retiring:
+            self._preempt(max(self.running(), key=lambda running: running.order))
+
+    def _plan_chunks(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], budget: int) -> int:
+        """Continue the prompts that earlier plans began, oldest first; returns the tokens left."""
+        for sequence in list(self._prefilling):
+            if budget <= 0:
+                break
+            if sequence.state is not State.RUNNING:
+                continue
+            start = sequence.num_scheduled
+            self.cache.trim(sequence.table, start, after_step=sequence.last_step)
+            room = sequence.table.capacity - start
+            if not self._is_short:
+                room += self.cache.num_free_tokens
+            chunk = min(budget, sequence.prefill_end - start, room)
+            if chunk <= 0:
+                self._make_room(sequence)
+            elif self._extend(plan, sequence, start + chunk):
+                self._plan_chunk(plan, entries, sequence, chunk)
+                budget -= chunk
+        return budget
+
+    def _plan_chunk(
+        self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], sequence: Sequence, chunk: int
+    ) -> None:
+        """Put `chunk` prompt tokens of a row into the plan and publish the blocks they complete."""
+        start = sequence.num_scheduled
+        end = start + chunk
+        plan.spans.append(Span(sequence.row, start, chunk))
+        sequence.num_scheduled = end
+        sequence.last_step = plan.step_id
+        entries.append((sequence.row, sequence, end))
+        self.stats.num_chunks += 1
+        self._publish(sequence, plan.step_id)
+        if end == sequence.prefill_end:
+            plan.sample.append(sequence.row)
+            sequence.num_in_flight += 1
+            self._prefilling.remove(sequence)
+            self._decoding[sequence.row] = sequence
+
+    def _publish(self, sequence: Sequence, step_id: int) -> None:
+        """Key what the plan completes, and wake those who waited for it.
+
+        Waiters on a full block may match it in this very plan; a tail is copied, and a copy runs ahead of the
+        forward of its own step, so its waiters come back in the next plan.
+        """
+        keys = self.cache.publish(sequence.table, sequence.tokens, sequence.num_scheduled, step_id=step_id)
+        kept = sequence.promised[: len(keys)]
+        del sequence.promised[: len(keys)]
+        if sequence.num_scheduled == sequence.prefill_end:
+            self.cache.publish_tail(sequence.table, sequence.tokens, step_id=step_id)
+            self._tail_keys += sequence.promised
+            sequence.promised = []
+        for waiter in self._promises.end(kept):
+            self._unpark(waiter)
+
+    # -- admission -----------------------------------------------------------------------------------------
+
+    def _plan_admissions(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], budget: int) -> int:
+        """Admit in arrival order until tokens, rows or pages run out; returns the tokens left."""
+        while budget > 0 and self._free_rows and self._waiting:
+            sequence = self._waiting[0][1]
+            if sequence.state is not State.WAITING:
+                heapq.heappop(self._waiting)
+                continue
+            if sequence.last_step > self._last_committed or self._is_still_blocked(sequence):
+                break
+            hit = self.cache.lookup(sequence.table, sequence.tokens, step_id=plan.step_id)
+            if self._park(sequence, hit):
+                continue
+            if not self._enable_chunked_prefill and len(sequence.tokens) - self._cached(hit) > budget:
+                break
+            chunk = self._admit(plan, sequence, hit, budget)
+            if not chunk:
+                break
+            self._plan_chunk(plan, entries, sequence, chunk)
+            budget -= chunk
+        return budget
+
+    def _is_still_blocked(self, sequence: Sequence) -> bool:
+        """Say whether the head of the queue was refused for pages that are still not there."""
+        return (
+            self._blocked is not None
+            and self._blocked[0] is sequence
+            and self.cache.pool.num_free <= self._blocked[1]
+            and self.num_running > 0
+        )
+
+    def _park(self, sequence: Sequence, hit: Hit) -> bool:
+        """Take a sequence off the queue while another one computes the blocks it wants next."""
+        promised = None
+        for key in hit.wanted:
+            if key not in self._promises:
+                break
+            promised = key
+        if promised is None:
+            return False
+        heapq.heappop(self._waiting)
+        self._promises.park(promised, sequence)
+        self.stats.num_parked += 1
+        return True
+
+    def _unpark(self, sequence: Sequence) -> None:
+        """Return a parked sequence to its place in the queue; it never stopped counting as waiting."""
+        if sequence.state is State.WAITING:
+            heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def _cached(self, hit: Hit) -> int:
+        return len(hit.nodes) * self.cache.block_tokens + hit.partial_len
+
+    def _admit(self, plan: StepPlan, sequence: Sequence, hit: Hit, budget: int) -> int:
+        """Give a waiting sequence a row and pages; returns its first chunk's length, 0 if it must wait."""
+        usable = next(
+            (option for option in self._options(sequence, hit) if self._has_room(sequence, option)), None
+        )
+        if usable is None:
+            self._blocked = (sequence, self.cache.pool.num_free)
+            return 0
+        hit = usable
+        cached = self._cached(hit)
+        chunk = min(budget, len(sequence.tokens) - cached)
+        copies = self.cache.admit(sequence.table, hit, cached + chunk, step_id=plan.step_id)
+        if copies is None:
+            self._blocked = (sequence, self.cache.pool.num_free)
+            return 0
+        self._blocked = None
+        heapq.heappop(self._waiting)
+        self._num_waiting -= 1
+        self._start(plan, sequence, cached)
+        plan.copies += copies
+        self.stats.num_cached_tokens += cached
+        self.stats.num_copied_blocks += hit.partial is not None
+        sequence.promised = list(hit.wanted)
+        self._promises.add(hit.wanted)
+        return chunk
+
+    def _options(self, sequence: Sequence, hit: Hit) -> Iterator[Hit]:
+        """Yield a hit, then what is left of it where its pages would not fit beside the new ones."""
+        yield hit
+        if hit.partial is not None:
+            yield dataclasses.replace(hit, partial=None, partial_len=0)
+        if hit.nodes and not self.num_running:
+            yield self.cache.no_hit(sequence.table, sequence.tokens)
+
+    def _has_room(self, sequence: Sequence, hit: Hit) -> bool:
+        """Say whether all known tokens would fit beside what the running rows need next."""
+        cache = self.cache
+        groups = len(cache.groups)
+        wanted = cache.pages_missing(hit, len(sequence.tokens), max_span=self._max_num_tokens)
+        for other in self._prefilling:
+            missing = other.prefill_end - other.table.capacity
+            wanted += max(0, -(-missing // cache.block_tokens)) * groups
+        spare = -(-len(self._decoding) // 8) * groups
+        return wanted + spare <= cache.pool.num_free - cache.num_idle(hit)
+
+    def _start(self, plan: StepPlan, sequence: Sequence, cached: int) -> None:
+        sequence.row = self._free_rows.pop()
+        sequence.state = State.RUNNING
+        sequence.num_scheduled = sequence.num_computed = cached
+        sequence.prefill_end = len(sequence.tokens)
+        if sequence.num_cached_tokens < 0:
+            sequence.num_cached_tokens = cached
+        request = sequence.request
+        plan.added.append(
+            RequestInit(
+                row=sequence.row,
+                request_id=request.request_id,
+                tokens=list(sequence.tokens),
+                num_prompt=sequence.num_prompt,
+                num_computed=cached,
+                blocks=[list(pages) for pages in sequence.table.pages],
+                sampling=request.sampling,
+                seed=request.seed,
+                sample_idx=request.sample_idx,
+            )
+        )
+        self._prefilling.append(sequence)
+        self.stats.num_admissions += 1
+
+    # -- leaving -------------------------------------------------------------------------------------------
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a running sequence off its row; the next plan tells the runner."""
+        if sequence.row >= 0:
+            if self._decoding.get(sequence.row) is sequence:
+                del self._decoding[sequence.row]
+            else:
+                self._prefilling.remove(sequence)
+            self._removed.append(sequence.row)
+            sequence.row = -1
+        self.cache.release(sequence.table, after_step=sequence.last_step)
+        for waiter in self._promises.end(sequence.promised):
+            self._unpark(waiter)
+        sequence.promised = []
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a running sequence back to the queue; its tokens in flight still commit."""
+        self._leave(sequence)
+        sequence.state = State.WAITING
+        sequence.num_scheduled = sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self._enqueue(sequence)
+
+    def _finish(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """End a sequence for good; `keep` what it computed findable."""
+        if sequence.state is State.RUNNING:
+            if keep:
+                self._publish_rest(sequence)
+            self._leave(sequence)
+        else:
+            self._num_waiting -= 1
+        sequence.state = State.FINISHED
+        del self._sequences[(sequence.request.request_id, sequence.request.sample_idx)]
+
+    def _publish_rest(self, sequence: Sequence) -> None:
+        known = min(len(sequence.tokens), sequence.num_scheduled)
+        tokens, step_id = sequence.tokens, sequence.last_step
+        self.cache.publish(sequence.table, tokens, known, step_id=step_id)
+        if sequence.num_scheduled >= sequence.prefill_end:
+            self.cache.publish_tail(sequence.table, tokens[:known], step_id=step_id)
+
+    # -- commit --------------------------------------------------------------------------------------------
+
+    def commit(self, result: StepResult) -> list[TokenEvent]:
+        """Take in the result of the oldest outstanding step; returns what its rows have to say."""
+        step_id, entries = self._outstanding.popleft()
+        assert step_id == result.step_id, "results come back in the order of their plans"
+        self._last_committed = step_id
+        self.cache.pool.retire(step_id)
+        self.stats.executed_tokens += result.executed_tokens
+        events: list[TokenEvent] = []
+        if result.row_errors or result.kv_failed:
+            self._fail_rows(result, entries, events)
+        tokens, logprobs = result.tokens, result.logprobs
+        finished = State.FINISHED
+        for row, sequence, end in entries:
+            if sequence.state is finished:
+                continue
+            if sequence.row == row:
+                sequence.num_computed = end
+            ids = tokens.get(row)
+            if ids is None:
+                continue
+            sequence.num_in_flight -= 1
+            if not ids or step_id <= sequence.discard_through:
+                continue
+            token = ids[0]
+            sequence.tokens.append(token)
+            event = TokenEvent(sequence.request.request_id, sequence.request.sample_idx, ids)
+            if logprobs and row in logprobs:
+                event.logprobs = logprobs[row]
+            if token in sequence.stop_ids:
+                self._stop(sequence, event, "stop", token)
+            elif len(sequence.tokens) >= sequence.max_len:
+                self._stop(sequence, event, "length", None)
+            events.append(event)
+        return events
+
+    def _stop(
+        self, sequence: Sequence, event: TokenEvent, reason: FinishReason, stop_token: int | None
+    ) -> None:
+        event.finish_reason = reason
+        event.stop_reason = stop_token
+        event.num_cached_tokens = max(0, sequence.num_cached_tokens)
+        self._finish(sequence)
+
+    def _fail_rows(
+        self, result: StepResult, entries: list[tuple[int, Sequence, int]], events: list[TokenEvent]
+    ) -> None:
+        """Fail rows with an error, and rewind whoever shares pages that they or a failed load wrote.
+
+        The earliest admission fails first: a later row that fails only because it reads the first one's pages
+        is rewound, recomputes them itself and fails then only by its own doing.
+        """
+        bad = set(result.kv_failed)
+        failing = [(seq, result.row_errors[row]) for row, seq, _ in entries if row in result.row_errors]
+        for sequence, message in sorted(failing, key=lambda pair: pair[0].order):
+            if sequence.state is State.FINISHED or sequence.discard_through >= result.step_id:
+                continue
+            event = _event(sequence, finish_reason="error")
+            event.error = (message, "numerical_error")
+            bad |= self.cache.condemn(sequence.table)
+            self._finish(sequence, keep=False)
+            events.append(event)
+            self._rewind_readers(bad)
+        self._rewind_readers(bad)
+
+    def _rewind_readers(self, bad: set[int]) -> None:
+        """Preempt every running sequence that reads a bad page, and drop what it has in flight."""
+        for sequence in sorted(self.running(), key=lambda running: running.order):
+            if any(page in bad for pages in sequence.table.pages for page in pages):
+                bad |= self.cache.condemn(sequence.table)
+                sequence.discard_through = self._next_step_id - 1
+                self._preempt(sequence)
+                self.stats.num_rewound += 1
+
+
+def _event(sequence: Sequence, *, finish_reason: FinishReason) -> TokenEvent:
+    request = sequence.request
+    cached = max(0, sequence.num_cached_tokens)
+    return TokenEvent(
+        request.request_id, request.sample_idx, finish_reason=finish_reason, num_cached_tokens=cached
+    )

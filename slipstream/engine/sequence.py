@@ -1,0 +1,71 @@
+"""Where does one sample of one request stand? The mutable half of a frozen `Request`."""
+
+from __future__ import annotations
+
+import enum
+
+from slipstream.cache.block_table import BlockTable
+from slipstream.core.request import Request
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Counters of one running or waiting sample.
+
+    `tokens` are known on the host; `num_scheduled` of the sequence's tokens are computed by launched or
+    planned steps, `num_computed` by committed ones; `num_in_flight` sampled tokens are not known here yet.
+    `prefill_end` is where the prompt (after a preemption: everything known) ends, `last_decode_start` the
+    last position whose successor may still be sampled. `order` is the arrival order, kept for life.
+    """
+
+    __slots__ = (
+        "discard_through",
+        "last_decode_start",
+        "last_step",
+        "max_len",
+        "num_cached_tokens",
+        "num_computed",
+        "num_in_flight",
+        "num_preemptions",
+        "num_prompt",
+        "num_scheduled",
+        "order",
+        "prefill_end",
+        "promised",
+        "request",
+        "row",
+        "state",
+        "stop_ids",
+        "table",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, order: int, table: BlockTable) -> None:
+        self.request = request
+        self.order = order
+        self.table = table
+        self.tokens = list(request.prompt_token_ids)
+        self.num_prompt = len(self.tokens)
+        self.max_len = self.num_prompt + request.max_tokens
+        self.last_decode_start = self.max_len - 2
+        self.stop_ids = request.stop_token_ids
+        self.state = State.WAITING
+        self.row = -1
+        self.prefill_end = self.num_prompt
+        self.num_scheduled = 0
+        self.num_computed = 0
+        self.num_in_flight = 0
+        self.num_cached_tokens = -1
+        self.num_preemptions = 0
+        self.last_step = -1
+        self.discard_through = -1
+        self.promised: list[bytes] = []
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
