@@ -23,7 +23,9 @@ class WeightTensor:
 
     `shape` is in torch's order (out, in). `dtype` is the stored type's name, e.g. "BF16" or "Q4_1".
     `read(start, stop)` returns rows start..stop of dim 0 on the CPU as a new or borrowed floating tensor
-    (float32 for quantised types, the stored type otherwise); callers copy, they never write into it.
+    (float32 for quantised types, the stored type otherwise); callers copy, they never write into it. Reading
+    a few megabytes of rows at a time keeps memory flat. Raises IndexError for rows the tensor does not have,
+    CheckpointError where the file changed since it was opened. A scalar has shape () and one row.
     """
 
     name: str
@@ -33,7 +35,15 @@ class WeightTensor:
     read: Callable[[int, int], Tensor]
 
     def read_all(self) -> Tensor:
-        return self.read(0, self.shape[0])
+        return self.read(0, self.shape[0] if self.shape else 1)
+
+
+def require_rows(name: str, shape: tuple[int, ...], start: int, stop: int) -> None:
+    """Raise IndexError unless start..stop are rows of a tensor of this shape."""
+    num_rows = shape[0] if shape else 1
+    is_part_of_scalar = not shape and start == stop
+    if not 0 <= start <= stop <= num_rows or is_part_of_scalar:
+        raise IndexError(f"{name} has rows 0 to {num_rows}; {start} to {stop} were asked for")
 
 
 class Checkpoint(Protocol):
