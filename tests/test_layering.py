@@ -70,7 +70,7 @@ def imports_of(path: str, node: ast.AST) -> Iterator[str]:
 
 
 def own_imports(path: str, source: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, dotted name) of each import of the package in one of its files, facts of the root aside."""
+    """Yield (line, dotted name) of each import of the package in one file, facts of the root aside."""
     for node in ast.walk(ast.parse(source)):
         for name in imports_of(path, node):
             if name.split(".")[0] == "slipstream" and room_of(name) not in ROOT_NAMES:

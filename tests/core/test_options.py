@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_nearest_name_may_be_an_alias() -> None:
     "given",
     [{"max_batch_size": 1, "max_num_seqs": 2}, {"max_num_seqs": 2, "max_batch_size": 1}],
 )
-def test_a_name_and_its_alias_together_raise(given: dict[str, int]) -> None:
+def test_a_name_and_its_alias_together_raise(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="got 'max_batch_size' twice"):
         Section(policy="fair", **given)
 
