@@ -49,7 +49,7 @@ def test_request_error_defaults() -> None:
 @pytest.mark.parametrize(
     ("name", "suggestion"),
     [
-        ("temperatur", " Did you mean 'temperature'?"),
+        ("tmperature", " Did you mean 'temperature'?"),
         ("top_p", " Did you mean 'top_p'?"),
         ("zzz", ""),
         ("", ""),
