@@ -1,0 +1,1 @@
+"""Logits to tokens. Import the file you need, not the room."""

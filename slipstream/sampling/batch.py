@@ -1,0 +1,172 @@
+"""What do these rows need of this step? Worked out on the host once per set of rows, not once per step.
+
+Invariant: a batch reads host knowledge only (parameters), never a token or a length; it is valid until a row
+of the sampler is added or removed, or outgrows `min_tokens`. Index tensors are batch-local (0..R-1) unless
+named `rows`. Shapes: R rows of the batch, N random rows (ordered by group), P rows with penalties, E sparse
+edits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slipstream.core.sampling_params import RowSampling
+from slipstream.sampling import state
+from slipstream.sampling.filters import FilterParams
+from slipstream.sampling.philox import Philox
+from slipstream.sampling.state import RowTable, to_device
+
+GroupKind = Literal["full", "top_k", "top_p"]
+MAX_NOISE_COLUMNS = 64
+
+
+@dataclasses.dataclass(slots=True)
+class Group:
+    """Random rows that take the same path; `part` is their slice of the batch's N random rows."""
+
+    kind: GroupKind
+    part: slice
+    index_N: Tensor
+    params: FilterParams
+    max_k: int
+    has_min_p: bool
+    is_whole_batch: bool
+
+
+@dataclasses.dataclass(slots=True)
+class Penalised:
+    index_P: Tensor
+    slots_P: Tensor
+    repetition_P: Tensor
+    presence_P: Tensor
+    frequency_P: Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class SparseEdits:
+    """Places (row * V + id) of the flattened logits, each once, with a value or the batch row of each."""
+
+    places_E: Tensor
+    values_E: Tensor
+
+
+class Batch:
+    """The rows of a step, sorted by what they ask for."""
+
+    def __init__(
+        self,
+        rows: list[int],
+        *,
+        params: Mapping[int, RowSampling],
+        pending: Mapping[int, int],
+        table: RowTable,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        asked = [params[row] for row in rows]
+        self.rows = list(rows)
+        self.rows_R = to_device(self.rows, torch.int64, device)
+        self.pending = [row for row in rows if row in pending]
+        self.num_top = {i: s.logprobs for i, s in enumerate(asked) if s.logprobs >= 0}
+        self._table = table
+        self._device = device
+        self.logprobs_L = self._index(list(self.num_top))
+        self.groups = self._grouped(asked)
+        self.penalised = self._penalised([i for i, s in enumerate(asked) if s.has_penalties])
+        bias = [(i * vocab_size + t, b) for i, s in enumerate(asked) for t, b in s.logit_bias]
+        self.bias = self._edits(bias, torch.float32)
+        early = [
+            (i * vocab_size + t, i) for i, s in enumerate(asked) if rows[i] in pending for t in s.stop_ids
+        ]
+        self.early_stops = self._edits(early, torch.int64)
+        self.has_edits = bool(bias or early or self.penalised)
+        self.is_plain_greedy = not (self.groups or self.has_edits or self.num_top or self.pending)
+        self._noise: Tensor = torch.empty(0, 0)
+        self._column = 0
+
+    def uniform(self, philox: Philox) -> Tensor:
+        """Return this step's float64 noise [N] of the random rows, at the positions the device knows.
+
+        Noise depends on nothing but (seed, sample, position), so it is made for several steps at once, twice
+        as many each time: a step of an unchanged batch mostly reads a column. Call once per step.
+        """
+        if self._column == self._noise.shape[1]:
+            width = min(MAX_NOISE_COLUMNS, max(1, 2 * self._noise.shape[1]))
+            self._noise = self._make_noise(philox, width)
+            self._column = 0
+        column = self._noise[:, self._column]
+        self._column += 1
+        return column
+
+    def _make_noise(self, philox: Philox, width: int) -> Tensor:
+        rows = torch.cat([g.index_N for g in self.groups])
+        rows = self.rows_R.index_select(0, rows)
+        ints = self._table.ints.index_select(0, rows).repeat_interleave(width, dim=0)
+        steps = torch.arange(width, device=self._device)
+        position = self._table.position.index_select(0, rows)[:, None] + steps
+        key = ints[:, state.KEY_LOW : state.KEY_HIGH + 1].T
+        return philox.uniform(key, ints[:, state.SAMPLE_IDX], position.flatten()).view(-1, width)
+
+    def _grouped(self, asked: list[RowSampling]) -> list[Group]:
+        members: dict[GroupKind, list[int]] = {"full": [], "top_k": [], "top_p": []}
+        for i, s in enumerate(asked):
+            if not s.is_greedy:
+                members["top_k" if s.top_k else "top_p" if s.top_p < 1.0 else "full"].append(i)
+        groups: list[Group] = []
+        start = 0
+        for kind, places in members.items():
+            if places:
+                part = slice(start, start + len(places))
+                groups.append(self._group(kind, part, places, asked))
+                start = part.stop
+        return groups
+
+    def _group(self, kind: GroupKind, part: slice, places: list[int], asked: list[RowSampling]) -> Group:
+        index = self._index(places)
+        rows = self.rows_R.index_select(0, index)
+        floats = self._table.floats.index_select(0, rows)
+        params = FilterParams(
+            temperature_N=floats[:, state.TEMPERATURE].to(torch.float32),
+            top_p_N=floats[:, state.TOP_P],
+            min_p_N=floats[:, state.MIN_P],
+            top_k_N=self._table.ints.index_select(0, rows)[:, state.TOP_K],
+        )
+        return Group(
+            kind=kind,
+            part=part,
+            index_N=index,
+            params=params,
+            max_k=max(asked[i].top_k for i in places),
+            has_min_p=any(asked[i].min_p > 0.0 for i in places),
+            is_whole_batch=len(places) == len(asked),
+        )
+
+    def _penalised(self, places: list[int]) -> Penalised | None:
+        if not places:
+            return None
+        index = self._index(places)
+        rows = self.rows_R.index_select(0, index)
+        floats = self._table.floats.index_select(0, rows).to(torch.float32)
+        return Penalised(
+            index_P=index,
+            slots_P=self._table.ints.index_select(0, rows)[:, state.SLOT],
+            repetition_P=floats[:, state.REPETITION],
+            presence_P=floats[:, state.PRESENCE],
+            frequency_P=floats[:, state.FREQUENCY],
+        )
+
+    def _edits(
+        self, edits: list[tuple[int, float]] | list[tuple[int, int]], dtype: torch.dtype
+    ) -> SparseEdits | None:
+        if not edits:
+            return None
+        places = to_device([place for place, _ in edits], torch.int64, self._device)
+        return SparseEdits(places, to_device([value for _, value in edits], dtype, self._device))
+
+    def _index(self, places: list[int]) -> Tensor:
+        return to_device(places, torch.int64, self._device)

@@ -1,0 +1,187 @@
+"""Which token does each row get? `Sampler`: one vectorised pass over the logits of a mixed batch.
+
+Order: raw log-softmax for logprobs; then logit bias; repetition, presence and frequency penalties; the stop
+ids of rows below `min_tokens`; the mask; then a greedy row takes the largest logit and a random row goes
+through temperature, top-k, top-p, min-p and the draw (`filters.py`). transformers puts bias before penalties
+as here and has no mask of its own; vLLM masks and biases alike, before its penalties.
+
+Invariant: `sample` needs no token, length or count from the host and never waits for the device, so a step
+may be launched before the last one is known; a row's result does not depend on its neighbours.
+Shapes: R rows of the step, V vocabulary, N, P, L rows of it that are random, penalised, want logprobs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slipstream.core.sampling_params import RowSampling
+from slipstream.sampling.base import ALL_MASKED, BAD_LOGITS, OK, PackedLogprobs, SampleOutput
+from slipstream.sampling.batch import Batch, Group
+from slipstream.sampling.candidates import greatest
+from slipstream.sampling.filters import draw_full, draw_top_k, draw_top_p
+from slipstream.sampling.logprobs import pack_logprobs
+from slipstream.sampling.penalties import PenaltyTables
+from slipstream.sampling.philox import Philox
+from slipstream.sampling.state import NO_SLOT, RowTable, to_device
+
+
+class Sampler:
+    """Sampling state of the engine's rows on one device.
+
+    Calls are made from one thread, in stream order. `add` and `remove` are invariants of the scheduler (a row
+    is free when added), hence asserts.
+    """
+
+    def __init__(self, *, max_rows: int, vocab_size: int, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._max_rows = max_rows
+        self._vocab_size = vocab_size
+        self._philox = Philox(self._device)
+        self._table = RowTable(max_rows=max_rows, device=self._device)
+        self._tables = PenaltyTables(max_rows=max_rows, vocab_size=vocab_size, device=self._device)
+        self._params: dict[int, RowSampling] = {}
+        self._slots: dict[int, int] = {}
+        # Calls of `sample` until a row has certainly passed its min_tokens.
+        self._pending: dict[int, int] = {}
+        self._batch: Batch | None = None
+
+    def add(
+        self, row: int, sampling: RowSampling, tokens: list[int], num_prompt: int, seed: int, sample_idx: int
+    ) -> None:
+        """Admit a request to `row`. Tokens beyond `num_prompt` are outputs of an earlier stay and count."""
+        assert 0 <= row < self._max_rows and row not in self._params, f"row {row} is not free"
+        num_outputs = len(tokens) - num_prompt
+        slot = NO_SLOT
+        if sampling.has_penalties:
+            ids = to_device(tokens, torch.int64, self._device)
+            slot = self._slots[row] = self._tables.claim(ids[:num_prompt], ids[num_prompt:])
+        if sampling.min_tokens > num_outputs:
+            self._pending[row] = sampling.min_tokens - num_outputs
+        self._table.write(row, sampling, seed=seed, sample_idx=sample_idx, position=num_outputs, slot=slot)
+        self._params[row] = sampling
+        self._batch = None
+
+    def remove(self, row: int) -> None:
+        """Forget a row; it may be added again at once."""
+        del self._params[row]
+        self._pending.pop(row, None)
+        if row in self._slots:
+            self._tables.release(self._slots.pop(row))
+        self._batch = None
+
+    def sample(self, logits_RV: Tensor, rows: list[int], masks: Tensor | None = None) -> SampleOutput:
+        """Draw one token per row and count it.
+
+        `logits_RV` is float32 [R, V] on the sampler's device, line i for `rows[i]` (distinct), and may be
+        overwritten; `masks` is bool [R, V], true where a token is allowed. Never synchronises.
+        """
+        assert logits_RV.dtype == torch.float32 and logits_RV.shape == (len(rows), self._vocab_size)
+        batch = self._batch_of(rows)
+        if batch.is_plain_greedy and masks is None:
+            return self._greedy(logits_RV)
+        has_edits = batch.has_edits or masks is not None
+        logits_RV = logits_RV.contiguous()
+        raw_max, token_ids = greatest(logits_RV)
+        raw_LV = self._raw(logits_RV, batch, is_overwritten=has_edits)
+        status = _status(raw_max)
+        if has_edits:
+            self._edit(logits_RV, batch, masks)
+            edited_max, token_ids = greatest(logits_RV)
+            status = torch.where(status != OK, status, _status(edited_max))
+        if batch.groups:
+            noise = batch.uniform(self._philox)
+            for group in batch.groups:
+                drawn = _draw(logits_RV, noise[group.part], group)
+                token_ids = token_ids.index_copy(0, group.index_N, drawn)
+        token_ids = token_ids.masked_fill(status != OK, 0)
+        self._count(batch, token_ids)
+        return SampleOutput(token_ids, status, _packed(raw_LV, batch, token_ids, status))
+
+    def _greedy(self, logits_RV: Tensor) -> SampleOutput:
+        """Nothing but a maximum. Lengths stay as they are: no row here reads its own."""
+        values, token_ids = greatest(logits_RV)
+        status = _status(values)
+        return SampleOutput(token_ids.masked_fill(status != OK, 0), status)
+
+    def _batch_of(self, rows: list[int]) -> Batch:
+        if self._batch is None or self._batch.rows != rows:
+            self._batch = Batch(
+                rows,
+                params=self._params,
+                pending=self._pending,
+                table=self._table,
+                vocab_size=self._vocab_size,
+                device=self._device,
+            )
+        return self._batch
+
+    def _raw(self, logits_RV: Tensor, batch: Batch, *, is_overwritten: bool) -> Tensor | None:
+        """Return the logits of rows that want logprobs, safe from the edits to come."""
+        if not batch.num_top:
+            return None
+        if len(batch.num_top) == len(batch.rows) and not is_overwritten:
+            return logits_RV
+        return logits_RV.index_select(0, batch.logprobs_L)
+
+    def _edit(self, logits_RV: Tensor, batch: Batch, masks: Tensor | None) -> None:
+        flat = logits_RV.view(-1)
+        if batch.bias is not None:
+            places = batch.bias.places_E
+            flat.index_copy_(0, places, flat.index_select(0, places) + batch.bias.values_E)
+        if batch.penalised is not None:
+            p = batch.penalised
+            penalised = self._tables.penalise(
+                logits_RV.index_select(0, p.index_P),
+                p.slots_P,
+                repetition_P=p.repetition_P,
+                presence_P=p.presence_P,
+                frequency_P=p.frequency_P,
+            )
+            logits_RV.index_copy_(0, p.index_P, penalised)
+        if batch.early_stops is not None:
+            places, owners = batch.early_stops.places_E, batch.early_stops.values_E
+            is_early = self._table.is_early(batch.rows_R).index_select(0, owners)
+            old = flat.index_select(0, places)
+            flat.index_copy_(0, places, old.masked_fill(is_early, -torch.inf))
+        if masks is not None:
+            logits_RV.masked_fill_(~masks, -torch.inf)
+
+    def _count(self, batch: Batch, token_ids: Tensor) -> None:
+        self._table.advance(batch.rows_R)
+        if batch.penalised is not None:
+            p = batch.penalised
+            self._tables.count(p.slots_P, token_ids.index_select(0, p.index_P))
+        for row in batch.pending:
+            self._pending[row] -= 1
+            if self._pending[row] == 0:
+                del self._pending[row]
+                self._batch = None
+
+
+def _status(max_R: Tensor) -> Tensor:
+    """A maximum of NaN or +Inf is the model's failure, one of -Inf means that nothing is allowed."""
+    nothing = (max_R == -torch.inf).to(torch.int8).mul_(ALL_MASKED)
+    return nothing.add_(~(max_R < torch.inf), alpha=BAD_LOGITS)
+
+
+def _draw(logits_RV: Tensor, uniform_N: Tensor, group: Group) -> Tensor:
+    x_NV = logits_RV if group.is_whole_batch else logits_RV.index_select(0, group.index_N)
+    if group.kind == "full":
+        return draw_full(x_NV, uniform_N, group.params, has_min_p=group.has_min_p)
+    if group.kind == "top_k":
+        return draw_top_k(x_NV, uniform_N, group.params, max_k=group.max_k)
+    return draw_top_p(x_NV, uniform_N, group.params)
+
+
+def _packed(raw_LV: Tensor | None, batch: Batch, token_ids: Tensor, status: Tensor) -> PackedLogprobs | None:
+    if raw_LV is None:
+        return None
+    packed = pack_logprobs(
+        raw_LV,
+        token_ids.index_select(0, batch.logprobs_L),
+        status.index_select(0, batch.logprobs_L),
+        num_top=max(batch.num_top.values()),
+    )
+    place = {i: place for place, i in enumerate(batch.num_top)}
+    return PackedLogprobs(packed, place, batch.num_top)

@@ -1,0 +1,59 @@
+"""What does the device remember of each row between steps? Parameters, noise key, output length.
+
+Invariant: the device is the truth for lengths; the host writes a row once, at admission, and afterwards only
+`advance` changes it. Shapes: R sampled rows; the tables have one line per row of the engine.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slipstream.core.sampling_params import RowSampling
+from slipstream.sampling.philox import key_words
+
+TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
+KEY_LOW, KEY_HIGH, SAMPLE_IDX, TOP_K, MIN_TOKENS, SLOT = range(6)
+NO_SLOT = -1
+
+
+def to_device(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copy host numbers to the device without waiting (from pinned memory on a GPU)."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+class RowTable:
+    """float64 and int64 columns (named above) of every row, and the number of tokens each has generated."""
+
+    def __init__(self, *, max_rows: int, device: torch.device) -> None:
+        self._device = device
+        self.floats = torch.zeros(max_rows, 6, dtype=torch.float64, device=device)
+        self.ints = torch.zeros(max_rows, 6, dtype=torch.int64, device=device)
+        self.position = torch.zeros(max_rows, dtype=torch.int64, device=device)
+
+    def write(
+        self, row: int, sampling: RowSampling, *, seed: int, sample_idx: int, position: int, slot: int
+    ) -> None:
+        """Set everything of a row, in the order of the current stream."""
+        s = sampling
+        floats = [
+            s.temperature,
+            s.top_p,
+            s.min_p,
+            s.repetition_penalty,
+            s.presence_penalty,
+            s.frequency_penalty,
+        ]
+        ints = [*key_words(seed), sample_idx, s.top_k, s.min_tokens, slot]
+        self.floats[row].copy_(to_device(floats, torch.float64, self._device))
+        self.ints[row].copy_(to_device(ints, torch.int64, self._device))
+        self.position[row].fill_(position)
+
+    def advance(self, rows_R: Tensor) -> None:
+        """Count one more output token for distinct rows."""
+        self.position.index_add_(0, rows_R, torch.ones_like(rows_R))
+
+    def is_early(self, rows_R: Tensor) -> Tensor:
+        """Return bool [R]: which rows have generated fewer tokens than their `min_tokens`."""
+        return self.position.index_select(0, rows_R) < self.ints.index_select(0, rows_R)[:, MIN_TOKENS]
