@@ -1,0 +1,1 @@
+"""Tokenizers, chat templates, the incremental detokenizer and stop strings. Import the file you need."""
