@@ -1,0 +1,30 @@
+"""How is a hidden state normalised? Root mean square, with the weight that is effectively applied.
+
+Invariant: the weight is float32 whatever the model's type, and a family that multiplies by 1 + w stores 1 + w
+when it loads, so that every norm computes the same thing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slipstream.kernels.rms_norm import add_rms_norm, rms_norm
+from slipstream.layers.build_context import BuildContext
+from slipstream.layers.parameter import Parameter
+
+
+class RMSNorm(nn.Module):
+    """Normalise the last dimension, whole on every rank."""
+
+    def __init__(self, build: BuildContext, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = Parameter.create((size,), dtype=torch.float32, device=build.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (norm(x + residual), x + residual)."""
+        return add_rms_norm(x, residual, self.weight, self.eps)

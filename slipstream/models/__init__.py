@@ -1,0 +1,1 @@
+"""Which model families are there, and how do their weights get in? Import the file you need, not the room."""

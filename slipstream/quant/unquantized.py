@@ -1,0 +1,26 @@
+"""How does a linear layer run with the weights as they are? One matrix in the model's own type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from slipstream.quant.base import QuantCapability, TensorSpec
+
+
+class Unquantized:
+    """Keeps `weight` [out, in] in the model's type."""
+
+    capability = QuantCapability()
+
+    def create(self, *, in_features: int, out_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        return {"weight": TensorSpec(shape=(out_features, in_features), dtype=dtype, out_dim=0, in_dim=1)}
+
+    def load(self, layer: Any) -> None:
+        """Nothing is left to do: the weight is used as it was placed."""
+
+    def apply(self, layer: Any, x: Tensor) -> Tensor:
+        return linear(x, layer.weight)
