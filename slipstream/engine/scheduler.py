@@ -151,6 +151,13 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """Return the next step, or None where nothing can run before an outstanding step is committed."""
+        plan = self._plan_step()
+        while plan is None and self._is_short and not self._outstanding:
+            # Only a preemption came of it; no step names the victim's pages, so others can have them now.
+            plan = self._plan_step()
+        return plan
+
+    def _plan_step(self) -> StepPlan | None:
         for sequence in self._promises.end(self._tail_keys):
             self._unpark(sequence)
         self._tail_keys = []
