@@ -13,7 +13,7 @@ _EXPORTS = {
     "RequestOutput": "slipstream.core.outputs",
     "CompletionOutput": "slipstream.core.outputs",
     "RequestError": "slipstream.core.errors",
-    "KvCacheConfig": "slipstream.engine.config",
+    "KvCacheConfig": "slipstream.cache.config",
     "SchedulerConfig": "slipstream.engine.config",
     "CapacitySchedulerPolicy": "slipstream.engine.config",
     "ContextChunkingPolicy": "slipstream.engine.config",
@@ -21,13 +21,13 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from slipstream.cache.config import KvCacheConfig as KvCacheConfig
     from slipstream.core.errors import RequestError as RequestError
     from slipstream.core.outputs import CompletionOutput as CompletionOutput
     from slipstream.core.outputs import RequestOutput as RequestOutput
     from slipstream.core.sampling_params import SamplingParams as SamplingParams
     from slipstream.engine.config import CapacitySchedulerPolicy as CapacitySchedulerPolicy
     from slipstream.engine.config import ContextChunkingPolicy as ContextChunkingPolicy
-    from slipstream.engine.config import KvCacheConfig as KvCacheConfig
     from slipstream.engine.config import SchedulerConfig as SchedulerConfig
     from slipstream.llm import LLM as LLM
 

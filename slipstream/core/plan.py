@@ -1,8 +1,8 @@
 """What crosses between the scheduler and the ranks: `StepPlan` down, `StepResult` up.
 
 A plan is a delta over persistent rows, applied in the order of its fields: removed, added, new_blocks,
-tokens, copies and loads, forward over the spans, sample, stores. Its size grows with what changed, never with the
-context. All of it is msgspec, so the same bytes go to every rank of a replica, and a recorded plan replays.
+tokens, copies and loads, forward over the spans, sample, stores. Its size grows with what changed, never with
+the context. All of it is msgspec, so the same bytes go to every rank, and a recorded plan replays.
 """
 
 from __future__ import annotations

@@ -1,0 +1,242 @@
+"""How is an engine put together? Checkpoint, tokenizer, model, pages, scheduler, in that order, once.
+
+Everything that can be refused is refused before weights are read; what is chosen is written into the report,
+one line a choice with its reason, and one line a ledger entry in bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from slipstream.attention.base import AttentionBackend
+from slipstream.attention.registry import choose_backend
+from slipstream.cache.groups import resolve as resolve_groups
+from slipstream.cache.kv_cache import KvCache
+from slipstream.checkpoint.base import Checkpoint
+from slipstream.checkpoint.opening import open_checkpoint
+from slipstream.core.cache_group import CacheGroup
+from slipstream.core.errors import OutOfMemoryError
+from slipstream.core.limits import Limits
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.engine import Engine
+from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, fit_capacity, resolve
+from slipstream.engine.runner import Runner
+from slipstream.engine.scheduler import Scheduler
+from slipstream.models.loading import load_weights
+from slipstream.models.registry import model_class, read_config
+from slipstream.parallel.mesh import Mesh
+from slipstream.quant.unquantized import Unquantized
+from slipstream.text.base import Tokenizer
+from slipstream.text.from_folder import load_tokenizer_folder
+from slipstream.text.from_gguf import load_tokenizer_gguf
+from slipstream.text.vocab_checks import check_vocab
+
+logger = logging.getLogger(__name__)
+
+# Called with (what is being done, share done so far from 0 to 1).
+Progress = Callable[[str, float], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Assembly:
+    """An engine ready to run, and what was decided on the way. `report` is for people."""
+
+    engine: Engine
+    tokenizer: Tokenizer | None
+    limits: Limits
+    resolved: ResolvedConfig
+    capacity: Capacity
+    weight_bytes: int
+    load_s: float
+    report: list[str]
+
+
+def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assembly:
+    """Build the engine for a configuration; blocks until the weights are loaded."""
+    started = time.monotonic()
+    checkpoint = open_checkpoint(
+        config.model,
+        load_format=config.load_format,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    try:
+        cls = model_class(checkpoint)
+        model_config = read_config(cls, checkpoint)
+        facts = ModelFacts(
+            vocab_size=model_config.vocab_size,
+            max_position_embeddings=model_config.max_position_embeddings,
+            dtype=stored_dtype(checkpoint),
+        )
+        resolved = resolve(config, facts, has_cuda=torch.cuda.is_available())
+        tokenizer = _load_tokenizer(config, checkpoint)
+        if tokenizer is not None:
+            check_vocab(tokenizer, facts.vocab_size)
+        device = torch.device(resolved.device)
+        dtype = getattr(torch, resolved.dtype)
+        model = cls(model_config, mesh=Mesh(), quant=Unquantized(), dtype=dtype, device=device)
+        groups = resolve_groups(
+            model.cache_groups(),
+            block_tokens=resolved.kv_cache.tokens_per_block,
+            element_bytes=dtype.itemsize,
+        )
+        backend, why = choose_backend(resolved.attn_backend, resolved.device, groups)
+        notify = progress or (lambda what, share: None)
+        load_weights(model, checkpoint, progress=lambda done, total: notify("loading weights", done / total))
+        eos = _eos_token_ids(tokenizer, checkpoint)
+    finally:
+        checkpoint.close()
+    engine, capacity, limits = _build_engine(model, groups, backend, resolved, config, facts, eos)
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    load_s = time.monotonic() - started
+    report = _report(resolved, capacity, limits, weight_bytes, why, load_s)
+    for line in report:
+        logger.info(line)
+    return Assembly(
+        engine=engine,
+        tokenizer=tokenizer,
+        limits=limits,
+        resolved=resolved,
+        capacity=capacity,
+        weight_bytes=weight_bytes,
+        load_s=load_s,
+        report=report,
+    )
+
+
+def _build_engine(
+    model: Any,
+    groups: list[CacheGroup],
+    backend: AttentionBackend,
+    resolved: ResolvedConfig,
+    config: EngineConfig,
+    facts: ModelFacts,
+    eos: tuple[int, ...],
+) -> tuple[Engine, Capacity, Limits]:
+    """Measure memory, size the pool, and join cache, scheduler and runner."""
+    device = torch.device(resolved.device)
+    free_bytes, total_bytes = memory_of(device)
+    capacity = fit_capacity(
+        resolved,
+        page_bytes=groups[0].page_bytes,
+        num_groups=len(groups),
+        free_bytes=free_bytes,
+        total_bytes=total_bytes,
+    )
+    cache = KvCache(
+        groups,
+        capacity.num_pages,
+        enable_block_reuse=resolved.kv_cache.enable_block_reuse,
+        enable_partial_reuse=resolved.kv_cache.enable_partial_reuse,
+    )
+    max_seq_len = fit_seq_len(cache, resolved, asked=config.max_seq_len)
+    limits = Limits(vocab_size=facts.vocab_size, max_seq_len=max_seq_len, eos_token_ids=eos)
+    scheduler = Scheduler(
+        cache,
+        max_batch_size=resolved.max_batch_size,
+        max_num_tokens=resolved.max_num_tokens,
+        enable_chunked_prefill=resolved.enable_chunked_prefill,
+    )
+    runner = Runner(
+        model,
+        groups,
+        num_pages=capacity.num_pages,
+        max_batch_size=resolved.max_batch_size,
+        max_seq_len=max_seq_len,
+        kv_dtype=getattr(torch, resolved.dtype),
+        device=device,
+        backend=backend,
+    )
+    return Engine(scheduler, runner, depth=resolved.depth), capacity, limits
+
+
+def fit_seq_len(cache: KvCache, resolved: ResolvedConfig, *, asked: int | None) -> int:
+    """Return the longest sequence that the model and the whole pool can hold.
+
+    Raises OutOfMemoryError where the user asked for more than the pool holds.
+    """
+    low, high = 0, resolved.max_seq_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        if cache.pages_for(middle, max_span=resolved.max_num_tokens) <= cache.pool.num_usable:
+            low = middle
+        else:
+            high = middle - 1
+    if asked is not None and low < asked:
+        raise OutOfMemoryError(
+            f"max_seq_len={asked} was asked for and the KV cache holds {low} tokens of one request; lower "
+            "max_seq_len or raise KvCacheConfig(max_tokens=...)."
+        )
+    return low
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Return (free, total) bytes of a device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """Return the type that a checkpoint's activations are meant for; GGUF files leave it open: bfloat16."""
+    if checkpoint.format == "gguf":
+        return "bfloat16"
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    return str(name).removeprefix("torch.")
+
+
+def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    if config.tokenizer is not None and not isinstance(config.tokenizer, (str, Path)):
+        return config.tokenizer
+    if config.tokenizer is not None:
+        return load_tokenizer_folder(Path(config.tokenizer))
+    if checkpoint.format == "gguf":
+        return load_tokenizer_gguf(checkpoint.config)
+    return load_tokenizer_folder(checkpoint.path)
+
+
+def _eos_token_ids(tokenizer: Tokenizer | None, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Collect every id that ends a request: the tokenizer's and the generation configuration's."""
+    ids: list[int] = list(tokenizer.eos_token_ids) if tokenizer is not None else []
+    sources = [checkpoint.generation_config]
+    if tokenizer is None and checkpoint.format == "hf":
+        sources.append(checkpoint.config)
+    for source in sources:
+        given = source.get("eos_token_id")
+        ids += given if isinstance(given, list) else [given] if isinstance(given, int) else []
+    return tuple(dict.fromkeys(ids))
+
+
+def _report(
+    resolved: ResolvedConfig,
+    capacity: Capacity,
+    limits: Limits,
+    weight_bytes: int,
+    backend_reason: str,
+    load_s: float,
+) -> list[str]:
+    reasons = resolved.reasons
+
+    def choice(name: str, value: object) -> str:
+        return f"{name} {value} ({reasons[name]})" if name in reasons else f"{name} {value} (asked for)"
+
+    return [
+        f"{choice('device', resolved.device)}, {choice('dtype', resolved.dtype)}",
+        backend_reason,
+        f"memory: weights {weight_bytes:,} bytes, KV cache {capacity.pool_bytes:,} bytes "
+        f"({capacity.num_tokens:,} tokens: {capacity.reason})",
+        f"limits: {limits.max_seq_len:,} tokens a request, {resolved.max_batch_size} requests and "
+        f"{resolved.max_num_tokens:,} tokens a step, up to {resolved.depth} steps outstanding",
+        f"ready in {load_s:.2f} s",
+    ]

@@ -1,0 +1,252 @@
+"""How do events become outputs? Detokenizing, stop strings and the n samples of a request, in one place.
+
+Invariant: text and token ids end at the first stop, whatever the engine computed past it; an output never
+shows the lag of an overlapped loop. A failure while processing one request is that request's error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from slipstream.core.errors import RequestError
+from slipstream.core.outputs import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    TokenEvent,
+)
+from slipstream.core.plan import TokenLogprobs
+from slipstream.core.request import Request
+from slipstream.text.base import Tokenizer
+from slipstream.text.detokenizer import IncrementalDetokenizer
+from slipstream.text.stop_strings import StopMatcher
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[RequestOutput], None]
+
+
+class Sample:
+    """One of n outputs of a request, growing."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None) -> None:
+        params = request.params
+        self.output = CompletionOutput(index)
+        self._include_stop = params.include_stop_str_in_output
+        self._tokenizer = tokenizer
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if tokenizer is not None and params.detokenize:
+            self._detokenizer = IncrementalDetokenizer(
+                tokenizer,
+                request.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+            )
+        self._matcher = StopMatcher(request.stop, include_stop=self._include_stop) if request.stop else None
+        if request.sampling.logprobs >= 0:
+            self.output.logprobs = []
+            self.output.cumulative_logprob = 0.0
+        self._shown_tokens = 0
+        self._shown_text = 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.output.finish_reason is not None
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.output.token_ids) - self._shown_tokens
+
+    def take(self, event: TokenEvent) -> bool:
+        """Add an event's tokens; True where a stop string ended the sample before the engine did."""
+        is_stop_token = event.finish_reason == "stop" and event.stop_reason is not None
+        last = len(event.new_token_ids) - 1
+        for position, token in enumerate(event.new_token_ids):
+            self.output.token_ids.append(token)
+            if event.logprobs:
+                self._take_logprobs(event.logprobs[position])
+            is_hidden = is_stop_token and position == last and not self._include_stop
+            stop = None if is_hidden else self._take_text(token)
+            if stop is not None:
+                self.output.finish_reason, self.output.stop_reason = "stop", stop
+                return event.finish_reason is None
+        if event.finish_reason is not None:
+            self.finish(event.finish_reason, event.stop_reason)
+        return False
+
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End the sample, releasing the text that was held back; a stop string in it still counts."""
+        output = self.output
+        output.finish_reason, output.stop_reason = reason, stop_reason
+        if self._detokenizer is None:
+            return
+        rest = self._detokenizer.flush()
+        if self._matcher is None:
+            output.text += rest
+            return
+        released, stop = self._matcher.feed(rest)
+        output.text += released
+        if stop is None:
+            output.text += self._matcher.flush()
+        else:
+            output.finish_reason, output.stop_reason = "stop", stop
+
+    def _take_text(self, token: int) -> str | None:
+        if self._detokenizer is None:
+            return None
+        piece = self._detokenizer.append((token,))
+        if self._matcher is None:
+            self.output.text += piece
+            return None
+        released, stop = self._matcher.feed(piece)
+        self.output.text += released
+        return stop
+
+    def _take_logprobs(self, logprobs: TokenLogprobs) -> None:
+        output = self.output
+        assert output.logprobs is not None and output.cumulative_logprob is not None
+        entry = {token: Logprob(value, rank) for rank, (token, value) in enumerate(logprobs.top, start=1)}
+        entry[logprobs.token_id] = Logprob(logprobs.logprob, logprobs.rank)
+        if self._tokenizer is not None:
+            for token, logprob in entry.items():
+                logprob.decoded_token = self._tokenizer.token_text(token)
+        output.logprobs.append(entry)
+        output.cumulative_logprob += logprobs.logprob
+
+    def snapshot(self) -> CompletionOutput:
+        """Return a copy that later tokens do not change, with what is new since the last one."""
+        output = self.output
+        shown = dataclasses.replace(
+            output,
+            token_ids=list(output.token_ids),
+            logprobs=None if output.logprobs is None else list(output.logprobs),
+            text_diff=output.text[self._shown_text :],
+            token_ids_diff=output.token_ids[self._shown_tokens :],
+        )
+        self._shown_text, self._shown_tokens = len(output.text), len(output.token_ids)
+        return shown
+
+
+class Pending:
+    """A request between submission and its last token."""
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        listener: Listener,
+        *,
+        streams: bool,
+        interval: int,
+    ) -> None:
+        self.request = request
+        self.listener = listener
+        self.streams = streams
+        self.interval = interval
+        self.samples = [Sample(request, index, tokenizer) for index in range(request.num_samples)]
+        self.num_open = request.num_samples
+        self.metrics = RequestMetrics(request.arrival_s)
+        self.num_cached_tokens = 0
+        self.error: RequestError | None = None
+
+    def output(self) -> RequestOutput:
+        request = self.request
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[sample.snapshot() for sample in self.samples],
+            finished=self.num_open == 0,
+            num_cached_tokens=self.num_cached_tokens,
+            metrics=dataclasses.replace(self.metrics),
+            error=self.error,
+        )
+
+
+class OutputProcessor:
+    """Turns an engine's events into `RequestOutput`s and hands them to each request's listener.
+
+    `process` and `fail_all` run on one thread; `add` may run on any, before the request is submitted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, *, stream_interval: int = 1) -> None:
+        self._tokenizer = tokenizer
+        self._interval = stream_interval
+        self._pending: dict[str, Pending] = {}
+
+    @property
+    def num_pending(self) -> int:
+        return len(self._pending)
+
+    def add(self, request: Request, listener: Listener, *, streams: bool = False) -> None:
+        """Expect events of a request; its `listener` gets every update (`streams`) or only the last."""
+        if request.request_id in self._pending:
+            raise RequestError(
+                f"Request id {request.request_id!r} is in use; ids must be unique while they run.",
+                param="request_id",
+            )
+        self._pending[request.request_id] = Pending(
+            request, self._tokenizer, listener, streams=streams, interval=self._interval
+        )
+
+    def process(self, events: Sequence[TokenEvent]) -> list[tuple[str, int]]:
+        """Take events in; returns the (request id, sample) pairs that the engine must now abort."""
+        aborts: list[tuple[str, int]] = []
+        touched: dict[str, Pending] = {}
+        now = time.monotonic()
+        for event in events:
+            pending = self._pending.get(event.request_id)
+            if pending is None or pending.samples[event.index].is_finished:
+                continue
+            touched[event.request_id] = pending
+            if self._take(pending, event, now):
+                aborts.append((event.request_id, event.index))
+        for request_id, pending in touched.items():
+            self._emit(request_id, pending)
+        return aborts
+
+    def _take(self, pending: Pending, event: TokenEvent, now: float) -> bool:
+        """Apply one event; True where the engine still works on a sample that is over here."""
+        sample = pending.samples[event.index]
+        if event.new_token_ids and pending.metrics.first_token_s is None:
+            pending.metrics.first_token_s = now
+        pending.num_cached_tokens = max(pending.num_cached_tokens, event.num_cached_tokens)
+        if event.error is not None:
+            message, code = event.error
+            pending.error = RequestError(message, code=code)
+        try:
+            must_abort = sample.take(event)
+        except Exception as error:
+            logger.exception("processing output of request %s failed", pending.request.request_id)
+            pending.error = RequestError(
+                f"Processing the output failed: {type(error).__name__}.", code="processing_error"
+            )
+            sample.output.finish_reason = "error"
+            must_abort = event.finish_reason is None
+        if sample.is_finished:
+            pending.num_open -= 1
+            if pending.num_open == 0:
+                pending.metrics.finished_s = now
+        return must_abort
+
+    def _emit(self, request_id: str, pending: Pending) -> None:
+        if pending.num_open == 0:
+            del self._pending[request_id]
+        elif not pending.streams or all(s.num_new_tokens < pending.interval for s in pending.samples):
+            return
+        pending.listener(pending.output())
+
+    def fail_all(self, message: str) -> None:
+        """End every pending request with an error: the engine has stopped."""
+        for request_id, pending in list(self._pending.items()):
+            pending.error = RequestError(message, code="engine_stopped")
+            for sample in pending.samples:
+                if not sample.is_finished:
+                    sample.output.finish_reason = "error"
+            pending.num_open = 0
+            self._emit(request_id, pending)

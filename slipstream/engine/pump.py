@@ -1,0 +1,66 @@
+"""Who drives the engine? One thread that waits for events, processes them and hands the outputs out.
+
+The thread holds no reference to the `LLM` that owns it, so a deleted `LLM` is collected and stops it. If the
+engine raises, every pending request fails with the cause and later submissions are refused: nothing hangs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from slipstream.core.errors import EngineError
+from slipstream.core.request import Request
+from slipstream.engine.client import EngineClient
+from slipstream.engine.output_processor import Listener, OutputProcessor
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+
+
+class Pump:
+    """The engine's thread. `stop` is idempotent and leaves no thread behind."""
+
+    def __init__(self, client: EngineClient, processor: OutputProcessor) -> None:
+        self.client = client
+        self.processor = processor
+        self._is_stopping = threading.Event()
+        self._failure: str | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="slipstream-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[tuple[Request, Listener]], *, streams: bool = False) -> None:
+        """Queue requests, all or none. Raises EngineError where the engine has stopped."""
+        with self._lock:
+            if self._failure is not None or self._is_stopping.is_set():
+                raise EngineError(self._failure or "The engine is shut down; create a new LLM.")
+            for request, listener in requests:
+                self.processor.add(request, listener, streams=streams)
+            self.client.submit([request for request, _ in requests])
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping.is_set():
+                for request_id, index in self.processor.process(self.client.events(POLL_S)):
+                    self.client.abort(request_id, index)
+        except Exception as error:
+            logger.exception("the engine stopped")
+            self._fail(f"The engine stopped: {type(error).__name__}: {error}")
+        else:
+            self._fail("The engine is shut down; create a new LLM.")
+
+    def _fail(self, message: str) -> None:
+        with self._lock:
+            self._failure = message
+            self.client.close()
+            self.processor.fail_all(message)
+
+    def stop(self) -> None:
+        """End the thread after the step it is in; pending requests fail with code "engine_stopped"."""
+        self._is_stopping.set()
+        self.client.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()

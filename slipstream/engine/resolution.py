@@ -1,0 +1,196 @@
+"""What does `EngineConfig` mean on this machine for this model? Nothing stays "auto".
+
+`resolve` is a pure function of (configuration, model facts, device facts); each choice it makes carries its
+reason, which the engine prints. What is learnt by looking at memory afterwards is `Capacity`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from slipstream.cache.config import KvCacheConfig
+from slipstream.core.errors import ConfigError, OutOfMemoryError
+from slipstream.engine.config import EngineConfig
+
+MIN_SEQ_LEN = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What a checkpoint says of its model: bounds and stored type ("float32", "bfloat16", ...)."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedConfig:
+    """Every choice made; `reasons` maps a choice to why."""
+
+    device: str
+    dtype: str
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    depth: int
+    enable_chunked_prefill: bool
+    kv_cache: KvCacheConfig
+    attn_backend: str
+    gpu_memory_utilization: float | None
+    seed: int | None
+    reasons: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Capacity:
+    """What was measured at start: pages of the pool (the null page included) and what they take, in bytes."""
+
+    num_pages: int
+    num_tokens: int
+    page_bytes: int
+    pool_bytes: int
+    reason: str
+
+
+def resolve(config: EngineConfig, facts: ModelFacts, *, has_cuda: bool) -> ResolvedConfig:
+    """Fill in every open choice. Raises ConfigError for one that this machine or model cannot honour."""
+    reasons: dict[str, str] = {}
+    device = _device(config, has_cuda, reasons)
+    if device == "cpu" and config.gpu_memory_utilization is not None:
+        raise ConfigError(
+            "gpu_memory_utilization is set but the device is a CPU; bound the cache with "
+            "KvCacheConfig(max_tokens=...) instead."
+        )
+    is_gpu = device == "cuda"
+    max_num_tokens = config.max_num_tokens or (8192 if is_gpu else 2048)
+    max_batch_size = config.max_batch_size or min(2048 if is_gpu else 64, max_num_tokens)
+    if max_batch_size > max_num_tokens:
+        raise ConfigError(
+            f"max_batch_size={max_batch_size} exceeds max_num_tokens={max_num_tokens}: a step gives every "
+            "running request a token; raise max_num_tokens or lower max_batch_size."
+        )
+    return ResolvedConfig(
+        device=device,
+        dtype=_dtype(config, facts, device, reasons),
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_num_tokens,
+        max_seq_len=_max_seq_len(config, facts),
+        depth=_depth(config, device, reasons),
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        kv_cache=config.kv_cache_config or KvCacheConfig(),
+        attn_backend=config.attn_backend,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        seed=config.seed,
+        reasons=reasons,
+    )
+
+
+def _device(config: EngineConfig, has_cuda: bool, reasons: dict[str, str]) -> str:
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError(
+            "device='cuda' was asked for, but torch sees no CUDA device; install a CUDA build of torch and a "
+            "driver, or use device='cpu' (or 'auto')."
+        )
+    if config.device != "auto":
+        return config.device
+    reasons["device"] = "a CUDA device is there" if has_cuda else "no CUDA device is there"
+    return "cuda" if has_cuda else "cpu"
+
+
+def _dtype(config: EngineConfig, facts: ModelFacts, device: str, reasons: dict[str, str]) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    if device == "cuda":
+        reasons["dtype"] = "the checkpoint's type"
+        return facts.dtype if facts.dtype in ("bfloat16", "float16") else "float32"
+    reasons["dtype"] = "the fastest path on a CPU that passes the quality gate"
+    return "float32"
+
+
+def _depth(config: EngineConfig, device: str, reasons: dict[str, str]) -> int:
+    if config.disable_overlap_scheduler is not None:
+        return 1 if config.disable_overlap_scheduler else 2
+    reasons["depth"] = (
+        "a CPU computes inside launch" if device == "cpu" else "the host works ahead of the GPU"
+    )
+    return 1 if device == "cpu" else 2
+
+
+def _max_seq_len(config: EngineConfig, facts: ModelFacts) -> int:
+    asked, limit = config.max_seq_len, facts.max_position_embeddings
+    if asked is None:
+        return limit
+    if not MIN_SEQ_LEN <= asked <= limit:
+        raise ConfigError(
+            f"max_seq_len={asked} must be from {MIN_SEQ_LEN} to {limit}, the positions this model knows."
+        )
+    return asked
+
+
+def fit_capacity(
+    resolved: ResolvedConfig, *, page_bytes: int, num_groups: int, free_bytes: int, total_bytes: int
+) -> Capacity:
+    """Turn memory settings into a number of pages.
+
+    `free_bytes` is what is free after weights, `total_bytes` the device's memory. Raises OutOfMemoryError
+    with needed and free bytes where not even one full block per group fits.
+    """
+    kv = resolved.kv_cache
+    per_token = page_bytes * num_groups / kv.tokens_per_block
+    if resolved.device == "cpu":
+        budget, reason = free_bytes // 4, "a quarter of free memory"
+        if kv.max_tokens is None and 8192 * per_token < budget:
+            budget, reason = int(8192 * per_token), "8,192 tokens, the default on a CPU"
+        elif kv.max_tokens is not None:
+            budget = free_bytes
+    else:
+        budget, reason = int(free_bytes * kv.free_gpu_memory_fraction), "free_gpu_memory_fraction"
+        if resolved.gpu_memory_utilization is not None:
+            used = total_bytes - free_bytes
+            budget, reason = (
+                int(total_bytes * resolved.gpu_memory_utilization) - used,
+                "gpu_memory_utilization",
+            )
+    if kv.max_gpu_total_bytes is not None:
+        asked = parse_bytes(kv.max_gpu_total_bytes)
+        if asked < budget:
+            budget, reason = asked, "max_gpu_total_bytes"
+    blocks = max(0, budget) // (page_bytes * num_groups)
+    if kv.max_tokens is not None:
+        wanted = -(-kv.max_tokens // kv.tokens_per_block)
+        if wanted > blocks:
+            raise OutOfMemoryError(
+                f"KvCacheConfig(max_tokens={kv.max_tokens}) needs {wanted * page_bytes * num_groups:,} bytes "
+                f"and {max(0, budget):,} are free ({reason}); lower max_tokens."
+            )
+        blocks, reason = wanted, "KvCacheConfig(max_tokens)"
+    if blocks < 1:
+        raise OutOfMemoryError(
+            f"The KV cache needs at least {page_bytes * num_groups:,} bytes (one block) and has "
+            f"{max(0, budget):,} ({reason}); free memory, or lower max_num_tokens."
+        )
+    num_pages = 1 + blocks * num_groups
+    return Capacity(
+        num_pages=num_pages,
+        num_tokens=blocks * kv.tokens_per_block,
+        page_bytes=page_bytes,
+        pool_bytes=num_pages * page_bytes,
+        reason=reason,
+    )
+
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**2, "GI": 1024**3}
+
+
+def parse_bytes(value: int | str) -> int:
+    """Return a number of bytes from 1073741824, "40GiB", "512MB" or "2g"."""
+    if isinstance(value, int):
+        return value
+    text = value.strip().upper().removesuffix("B")
+    number = text.rstrip("KMGI")
+    unit = text[len(number) :]
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError):
+        raise ConfigError(f"{value!r} is not a size; write bytes or e.g. '512MiB', '40GiB'.") from None

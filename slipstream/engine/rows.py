@@ -1,0 +1,140 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""What does the device remember between steps? One row per running request, at stable addresses.
+
+Invariant: the device is the truth for lengths. `lengths[row]` counts the tokens of a row that the device
+knows; a sampled token is appended here before the host has seen it, so a later plan may run it. The host
+writes rows only through `apply` and reads nothing back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.core.plan import RequestInit, Span, StepPlan
+
+
+@dataclasses.dataclass(slots=True)
+class StepInputs:
+    """Device tensors of one step. G groups, T tokens, B rows of the batch; `bound` is the longest row."""
+
+    rows_B: Tensor
+    row_of_T: Tensor
+    query_start: Tensor
+    positions_T: Tensor
+    token_ids_T: Tensor
+    seq_lens: Tensor
+    slots_GT: Tensor
+    block_table_GBM: Tensor
+    query_lens: list[int]
+    max_seq_lens: list[int]
+
+
+class Rows:
+    """Token buffers, lengths and block tables of `max_rows` rows."""
+
+    def __init__(
+        self, *, max_rows: int, max_seq_len: int, num_groups: int, block_tokens: int, device: torch.device
+    ) -> None:
+        self._block_tokens = block_tokens
+        self._device = device
+        self._max_blocks = -(-max_seq_len // block_tokens)
+        # One slot more than max_seq_len: the last sampled token is written, though it never runs.
+        self.tokens = torch.zeros(max_rows, max_seq_len + 1, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.block_table = torch.zeros(
+            num_groups, max_rows, self._max_blocks, dtype=torch.int32, device=device
+        )
+        self._flat_table = self.block_table.view(-1)
+        # Host mirror of how many blocks each row's table holds; it only says where the next ones go.
+        self._num_blocks = np.zeros((num_groups, max_rows), dtype=np.int64)
+        self._max_rows = max_rows
+
+    def apply(self, plan: StepPlan) -> None:
+        """Bring rows and tables up to the plan: added, then new blocks, then tokens."""
+        indices: list[int] = []
+        pages: list[int] = []
+        for init in plan.added:
+            self._add(init)
+            for group, blocks in enumerate(init.blocks):
+                self._num_blocks[group, init.row] = 0
+                self._place(group, init.row, blocks, indices, pages)
+        for group, growth in plan.new_blocks.items():
+            for row, blocks in growth:
+                self._place(group, row, blocks, indices, pages)
+        if indices:
+            packed = torch.tensor([indices, pages], dtype=torch.int64).to(self._device, non_blocking=True)
+            self._flat_table[packed[0]] = packed[1].to(torch.int32)
+        for row, start, ids in plan.tokens:
+            self._write(row, start, ids)
+            self.lengths[row] = start + len(ids)
+
+    def _add(self, init: RequestInit) -> None:
+        self._write(init.row, 0, init.tokens)
+        self.lengths[init.row] = len(init.tokens)
+
+    def _write(self, row: int, start: int, ids: Sequence[int]) -> None:
+        self.tokens[row, start : start + len(ids)] = torch.tensor(ids, dtype=torch.int32)
+
+    def _place(
+        self, group: int, row: int, blocks: Sequence[int], indices: list[int], pages: list[int]
+    ) -> None:
+        first = int(self._num_blocks[group, row])
+        base = (group * self._max_rows + row) * self._max_blocks + first
+        indices += range(base, base + len(blocks))
+        pages += blocks
+        self._num_blocks[group, row] = first + len(blocks)
+
+    def pages_of(self, row: int) -> list[list[int]]:
+        """Return a row's block table per group. Blocks the device; for errors and tests."""
+        return [
+            self.block_table[group, row, : self._num_blocks[group, row]].tolist()
+            for group in range(self.block_table.shape[0])
+        ]
+
+    def inputs(self, spans: Sequence[Span]) -> StepInputs:
+        """Turn the spans of a plan into the device tensors of one forward. Reads no device value."""
+        query_lens = [span.len for span in spans]
+        lens = np.array(query_lens, dtype=np.int64)
+        ends = np.cumsum(lens)
+        total = int(ends[-1])
+        row_of = np.repeat(np.arange(len(spans)), lens)
+        host = np.empty((2, len(spans)), dtype=np.int64)
+        host[0] = [span.row for span in spans]
+        host[1] = [span.start for span in spans]
+        bounds = host[1] + lens
+        packed = torch.from_numpy(np.concatenate([host[0], host[1], lens, ends - lens, [total], row_of]))
+        packed = packed.to(self._device, non_blocking=True)
+        size = len(spans)
+        rows_B, start_B, len_B = packed[:size], packed[size : 2 * size], packed[2 * size : 3 * size]
+        query_start = packed[3 * size : 4 * size + 1]
+        row_of_T = packed[4 * size + 1 :]
+        # A decode span's start is an upper bound; the device's length decides.
+        start_B = torch.minimum(start_B, self.lengths[rows_B] - 1)
+        offset_T = torch.arange(total, device=self._device) - query_start[row_of_T]
+        positions_T = start_B[row_of_T] + offset_T
+        rows_T = rows_B[row_of_T]
+        num_blocks = -(-int(bounds.max()) // self._block_tokens)
+        pages_GT = self.block_table[:, rows_T, positions_T // self._block_tokens].to(torch.int64)
+        return StepInputs(
+            rows_B=rows_B,
+            row_of_T=row_of_T,
+            query_start=query_start,
+            positions_T=positions_T,
+            token_ids_T=self.tokens[rows_T, positions_T].to(torch.int64),
+            seq_lens=start_B + len_B,
+            slots_GT=pages_GT * self._block_tokens + positions_T % self._block_tokens,
+            block_table_GBM=self.block_table[:, rows_B, :num_blocks],
+            query_lens=query_lens,
+            max_seq_lens=bounds.tolist(),
+        )
+
+    def append(self, rows_R: Tensor, token_ids_R: Tensor) -> None:
+        """Append one sampled token to each row, on the device."""
+        lengths = self.lengths[rows_R]
+        self.tokens[rows_R, lengths] = token_ids_R.to(torch.int32)
+        self.lengths[rows_R] = lengths + 1
