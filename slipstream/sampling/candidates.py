@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 BLOCK = 64
 
@@ -47,6 +48,20 @@ def leading(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids.clamp_(max=vocab_size - 1)
 
 
+def heavy(x_NV: Tensor, is_heavy_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids [N, K] of each row's marked tokens in order, and where a shorter list is padded.
+
+    Waits for the device: its size depends on the data. Each list has at least one entry.
+    """
+    lists: list[Tensor] = []
+    for x, is_heavy in zip(x_NV, is_heavy_NV, strict=True):
+        ids = is_heavy.nonzero()[:, 0]
+        order = _keys(x.index_select(0, ids), ids).argsort(descending=True)
+        lists.append(ids.index_select(0, order) if ids.numel() else ids.new_zeros(1))
+    padded = pad_sequence(lists, batch_first=True, padding_value=-1)
+    return padded.clamp(min=0), padded < 0
+
+
 def _block_max(x_RV: Tensor) -> Tensor:
     """Return the maximum of each block [R, B]; the last block may be shorter."""
     num_rows, num_whole = x_RV.shape[0], x_RV.shape[1] // BLOCK
@@ -72,12 +87,17 @@ def _expand(x_RV: Tensor, blocks_RK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first(values_RN: Tensor, ids_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Take the first k of the total order, through unique integer keys."""
-    bits = values_RN.contiguous().view(torch.int32)
-    ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)
-    keys = (ordered.to(torch.int64) << 32).sub_(ids_RN)
+    """Take the first k of the total order."""
+    keys = _keys(values_RN, ids_RN)
     if k * 8 > keys.shape[1]:
         places = keys.sort(-1, descending=True).indices[:, :k]
     else:
         places = keys.topk(k).indices
     return values_RN.gather(1, places), ids_RN.gather(1, places)
+
+
+def _keys(values: Tensor, ids: Tensor) -> Tensor:
+    """Return unique int64 keys: the float32's bits in the order of its values, then the id downwards."""
+    bits = values.contiguous().view(torch.int32)
+    ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    return (ordered.to(torch.int64) << 32).sub_(ids)

@@ -18,12 +18,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from slipstream.sampling.candidates import leading
+from slipstream.sampling.candidates import heavy, leading
 from slipstream.sampling.weights import draw, passing, scale_bits, target_of, weigh
 
 FIRST_CANDIDATES = 64
-CANDIDATE_GROWTH = 8
 SLICE_ELEMENTS = 2**25
+CPU_SLICE_ELEMENTS = 2**17
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,9 +41,11 @@ class FilterParams:
         )
 
 
-def slices(num_rows: int, vocab_size: int) -> list[slice]:
-    """Cut rows so that one int64 pass over a slice takes at most 256 MiB (or one row)."""
-    step = max(1, SLICE_ELEMENTS // vocab_size)
+def slices(x_NV: Tensor) -> list[slice]:
+    """Cut rows so that an int64 pass over a slice stays in a CPU's cache, or within 256 MiB elsewhere."""
+    elements = CPU_SLICE_ELEMENTS if x_NV.device.type == "cpu" else SLICE_ELEMENTS
+    num_rows, vocab_size = x_NV.shape
+    step = max(1, elements // vocab_size)
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
@@ -51,7 +53,7 @@ def draw_full(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_min_
     """Return one token id per row, int64 [N], from all tokens (at or above min-p)."""
     bits = scale_bits(x_NV.shape[1])
     drawn: list[Tensor] = []
-    for rows in slices(*x_NV.shape):
+    for rows in slices(x_NV):
         part, x = params.part(rows), x_NV[rows]
         weights = weigh(x, max_R=x.amax(-1), temperature_R=part.temperature_N, bits=bits)
         if has_min_p:
@@ -71,28 +73,36 @@ def draw_top_k(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, max_k: 
 
 
 def draw_top_p(x_NV: Tensor, uniform_N: Tensor, params: FilterParams) -> Tensor:
-    """Return one token id per row, int64 [N]; no row has a top_k.
+    """Return one token id per row, int64 [N]; no row has a top_k."""
+    bits = scale_bits(x_NV.shape[1])
+    drawn: list[Tensor] = []
+    for rows in slices(x_NV):
+        part, x = params.part(rows), x_NV[rows]
+        weights = weigh(x, max_R=x.amax(-1), temperature_R=part.temperature_N, bits=bits)
+        total = weights.sum(-1)
+        needed = part.top_p_N * total.to(torch.float64)
+        ordered, ids = nucleus_candidates(x, weights, needed)
+        drawn.append(draw_trimmed(ordered, ids, total, uniform_N[rows], part, bits))
+    return torch.cat(drawn)
 
-    A CPU lengthens the candidate list until every nucleus fits into it. An accelerator would have to wait for
-    that answer, so it orders everything.
+
+def nucleus_candidates(x_NV: Tensor, weights_NV: Tensor, needed_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights and ids [N, K] of leading tokens in order, whose mass reaches `needed_N`.
+
+    A CPU tries a short list, then orders what is heavy enough to matter. An accelerator would have to wait
+    for either answer, so it orders the vocabulary.
     """
     vocab_size = x_NV.shape[1]
-    bits = scale_bits(vocab_size)
-    drawn: list[Tensor] = []
-    for rows in slices(*x_NV.shape):
-        part, x = params.part(rows), x_NV[rows]
-        max_x = x.amax(-1)
-        total = weigh(x, max_R=max_x, temperature_R=part.temperature_N, bits=bits).sum(-1)
-        needed = part.top_p_N * total.to(torch.float64)
-        k = min(FIRST_CANDIDATES, vocab_size) if x.device.type == "cpu" else vocab_size
-        while True:
-            values, ids = leading(x, k)
-            weights = weigh(values, max_R=max_x, temperature_R=part.temperature_N, bits=bits)
-            if k == vocab_size or bool((weights.sum(-1) >= needed).all()):
-                break
-            k = min(k * CANDIDATE_GROWTH, vocab_size)
-        drawn.append(draw_trimmed(weights, ids, total, uniform_N[rows], part, bits))
-    return torch.cat(drawn)
+    is_cpu = x_NV.device.type == "cpu"
+    _, ids = leading(x_NV, min(FIRST_CANDIDATES, vocab_size) if is_cpu else vocab_size)
+    ordered = weights_NV.gather(1, ids)
+    if not is_cpu or bool((ordered.sum(-1) >= needed_N).all()):
+        return ordered, ids
+    # Tokens below this weight have less mass together than top-p leaves out, with a factor 2 for rounding.
+    spare_N = weights_NV.sum(-1).to(torch.float64) - needed_N
+    floor_N = (spare_N / (2 * vocab_size)).to(torch.int64)
+    ids, is_padding = heavy(x_NV, weights_NV >= floor_N[:, None])
+    return weights_NV.gather(1, ids).masked_fill_(is_padding, 0), ids
 
 
 def draw_trimmed(

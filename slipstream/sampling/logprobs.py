@@ -17,9 +17,7 @@ from slipstream.sampling.weights import log_sum_exp
 
 def pack_logprobs(raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, *, num_top: int) -> Tensor:
     """Return float64 [L, 4 + 2K] in the layout of `PackedLogprobs`, without synchronising."""
-    parts = [
-        _pack(raw_LV[rows], token_ids_L[rows], status_L[rows], num_top) for rows in slices(*raw_LV.shape)
-    ]
+    parts = [_pack(raw_LV[rows], token_ids_L[rows], status_L[rows], num_top) for rows in slices(raw_LV)]
     return torch.cat(parts)
 
 

@@ -5,8 +5,10 @@ al., "CTRL", arXiv 1909.05858, section 4.1, with the sign rule that transformers
 frequency (over the output only): p if the token occurred, plus f per occurrence, are subtracted, as in
 OpenAI's API reference. Repetition comes first, as in vLLM.
 
-Invariant: only rows with a penalty own a slot of the tables, so a batch without penalties allocates nothing;
-slots double up to `max_rows`. Shapes: P rows with penalties, V vocabulary, S slots.
+Invariants: only rows with a penalty own a slot, so a batch without penalties allocates nothing; slots double
+up to `max_rows`. A step reads the tokens a row has seen, not its vocabulary: the cost grows with the text. A
+seen list may name a token twice; each entry computes the same value from the same old one, so the order of
+writes does not matter. Shapes: P rows with penalties, V vocabulary, S slots, W entries of the seen lists.
 """
 
 from __future__ import annotations
@@ -14,61 +16,106 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slipstream.sampling.state import to_device
+
 FIRST_SLOTS = 4
+FIRST_WIDTH = 256
 
 
 class PenaltyTables:
-    """Output counts [S, V] int32 and prompt membership [S, V] bool."""
+    """Output counts [S, V] int32, seen tokens [S, W] int64 and the length of each seen list [S].
+
+    Entries of a list beyond its length repeat its first token.
+    """
 
     def __init__(self, *, max_rows: int, vocab_size: int, device: torch.device) -> None:
         self._max_rows = max_rows
+        self._vocab_size = vocab_size
+        self._device = device
         self._free: list[int] = []
         self._counts_SV = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        self._in_prompt_SV = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self._seen_SW = torch.zeros(0, FIRST_WIDTH, dtype=torch.int64, device=device)
+        self._length_S = torch.zeros(0, dtype=torch.int64, device=device)
+        # A slot claimed with n tokens at step s holds at most n + (now - s): the host keeps n - s.
+        self._steps = 0
+        self._offsets: dict[int, int] = {}
 
     @property
     def num_slots(self) -> int:
         return self._counts_SV.shape[0]
 
-    def claim(self, prompt_ids: Tensor, output_ids: Tensor) -> int:
-        """Return a slot that counts these tokens (int64, on the device)."""
+    def claim(self, tokens: list[int], num_prompt: int) -> int:
+        """Return a slot that has seen `tokens` and counts those beyond `num_prompt`."""
         if not self._free:
-            self._grow()
+            self._grow_slots()
         slot = self._free.pop()
+        seen = list(dict.fromkeys(tokens))
+        self._offsets[slot] = len(seen) - self._steps
+        self._fit_width()
+        self._seen_SW[slot].fill_(seen[0])
+        self._seen_SW[slot, : len(seen)].copy_(to_device(seen, torch.int64, self._device))
+        self._length_S[slot].fill_(len(seen))
+        outputs = to_device(tokens[num_prompt:], torch.int64, self._device)
         self._counts_SV[slot].zero_()
-        self._in_prompt_SV[slot].zero_()
-        self._in_prompt_SV[slot].index_fill_(0, prompt_ids, True)
-        ones = torch.ones_like(output_ids, dtype=torch.int32)
-        self._counts_SV[slot].index_add_(0, output_ids, ones)
+        self._counts_SV[slot].index_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
         return slot
 
     def release(self, slot: int) -> None:
+        del self._offsets[slot]
         self._free.append(slot)
 
     def count(self, slots_P: Tensor, token_ids_P: Tensor) -> None:
-        """Add one output token per slot; slots are distinct."""
-        places = slots_P * self._counts_SV.shape[1] + token_ids_P
-        ones = torch.ones_like(places, dtype=torch.int32)
-        self._counts_SV.view(-1).index_add_(0, places, ones)
+        """Add one output token to each of distinct slots."""
+        self._steps += 1
+        self._fit_width()
+        ones = torch.ones_like(slots_P, dtype=torch.int32)
+        self._counts_SV.view(-1).index_add_(0, slots_P * self._vocab_size + token_ids_P, ones)
+        length_P = self._length_S.index_select(0, slots_P)
+        places_P = slots_P * self._seen_SW.shape[1] + length_P
+        self._seen_SW.view(-1).index_copy_(0, places_P, token_ids_P)
+        self._length_S.index_copy_(0, slots_P, length_P + 1)
 
     def penalise(
-        self, x_PV: Tensor, slots_P: Tensor, *, repetition_P: Tensor, presence_P: Tensor, frequency_P: Tensor
-    ) -> Tensor:
-        """Return penalised float32 logits [P, V]; parameters are float32 [P]."""
-        counts = self._counts_SV.index_select(0, slots_P)
-        occurred = counts > 0
-        seen = self._in_prompt_SV.index_select(0, slots_P).logical_or_(occurred)
+        self,
+        logits_RV: Tensor,
+        index_P: Tensor,
+        slots_P: Tensor,
+        *,
+        repetition_P: Tensor,
+        presence_P: Tensor,
+        frequency_P: Tensor,
+    ) -> None:
+        """Change rows `index_P` of contiguous float32 logits in place; parameters are float32 [P]."""
+        seen_PW = self._seen_SW[:, : self._longest()].index_select(0, slots_P)
+        count_places = seen_PW + slots_P[:, None] * self._vocab_size
+        counts = self._counts_SV.view(-1).take(count_places)
+        flat = logits_RV.view(-1)
+        places = seen_PW + index_P[:, None] * self._vocab_size
+        x_PW = flat.take(places)
         repetition = repetition_P[:, None]
-        repeated = torch.where(x_PV > 0, x_PV / repetition, x_PV * repetition)
-        x_PV = torch.where(seen, repeated, x_PV)
-        return x_PV.sub_(counts * frequency_P[:, None]).sub_(occurred * presence_P[:, None])
+        x_PW = torch.where(x_PW > 0, x_PW / repetition, x_PW * repetition)
+        x_PW.sub_(counts * frequency_P[:, None]).sub_((counts > 0) * presence_P[:, None])
+        flat.index_copy_(0, places.view(-1), x_PW.view(-1))
 
-    def _grow(self) -> None:
+    def _longest(self) -> int:
+        """No seen list is longer, as far as the host knows."""
+        return max(self._offsets.values(), default=0) + self._steps
+
+    def _grow_slots(self) -> None:
         old = self.num_slots
         new = min(max(FIRST_SLOTS, old * 2), self._max_rows)
         assert new > old, "more rows with penalties than rows"
         extra = new - old
-        for name in ("_counts_SV", "_in_prompt_SV"):
-            table: Tensor = getattr(self, name)
-            setattr(self, name, torch.cat((table, table.new_zeros(extra, table.shape[1]))))
+        self._counts_SV = torch.cat((self._counts_SV, self._counts_SV.new_zeros(extra, self._vocab_size)))
+        self._seen_SW = torch.cat((self._seen_SW, self._seen_SW.new_zeros(extra, self._seen_SW.shape[1])))
+        self._length_S = torch.cat((self._length_S, self._length_S.new_zeros(extra)))
         self._free.extend(range(new - 1, old - 1, -1))
+
+    def _fit_width(self) -> None:
+        """Double the seen lists until the longest fits; new entries repeat the first token."""
+        width = self._seen_SW.shape[1]
+        while width < self._longest():
+            width *= 2
+        extra = width - self._seen_SW.shape[1]
+        if extra:
+            self._seen_SW = torch.cat((self._seen_SW, self._seen_SW[:, :1].expand(-1, extra)), dim=1)

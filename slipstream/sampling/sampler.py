@@ -23,7 +23,7 @@ from slipstream.sampling.filters import draw_full, draw_top_k, draw_top_p
 from slipstream.sampling.logprobs import pack_logprobs
 from slipstream.sampling.penalties import PenaltyTables
 from slipstream.sampling.philox import Philox
-from slipstream.sampling.state import NO_SLOT, RowTable, to_device
+from slipstream.sampling.state import NO_SLOT, RowTable
 
 
 class Sampler:
@@ -54,8 +54,7 @@ class Sampler:
         num_outputs = len(tokens) - num_prompt
         slot = NO_SLOT
         if sampling.has_penalties:
-            ids = to_device(tokens, torch.int64, self._device)
-            slot = self._slots[row] = self._tables.claim(ids[:num_prompt], ids[num_prompt:])
+            slot = self._slots[row] = self._tables.claim(tokens, num_prompt)
         if sampling.min_tokens > num_outputs:
             self._pending[row] = sampling.min_tokens - num_outputs
         self._table.write(row, sampling, seed=seed, sample_idx=sample_idx, position=num_outputs, slot=slot)
@@ -131,14 +130,14 @@ class Sampler:
             flat.index_copy_(0, places, flat.index_select(0, places) + batch.bias.values_E)
         if batch.penalised is not None:
             p = batch.penalised
-            penalised = self._tables.penalise(
-                logits_RV.index_select(0, p.index_P),
+            self._tables.penalise(
+                logits_RV,
+                p.index_P,
                 p.slots_P,
                 repetition_P=p.repetition_P,
                 presence_P=p.presence_P,
                 frequency_P=p.frequency_P,
             )
-            logits_RV.index_copy_(0, p.index_P, penalised)
         if batch.early_stops is not None:
             places, owners = batch.early_stops.places_E, batch.early_stops.values_E
             is_early = self._table.is_early(batch.rows_R).index_select(0, owners)
