@@ -212,6 +212,14 @@ def test_room_readme_fits_a_glance(document: Path) -> None:
     assert len(document.read_text(encoding="utf-8").splitlines()) <= MAX_ROOM_README_LINES
 
 
+def test_every_room_has_a_readme() -> None:
+    rooms = {path.parent for path in PACKAGE.glob("*/*.py") if path.name != "__init__.py"}
+    missing = sorted(relative_name(room) for room in rooms if not (room / "README.md").is_file())
+    assert not missing, (
+        f"no README.md in {', '.join(missing)}: say what the room answers, its invariants, how to add"
+    )
+
+
 def test_readme_shows_how_to_run_it() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make demo" in text
