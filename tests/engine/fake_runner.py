@@ -1,10 +1,10 @@
 """What would a device do with these plans? A runner over integers that knows who wrote every slot.
 
-Invariant: it shares no code with the scheduler or the cache. Every slot of a page stores (position, token, hash
-of all tokens before it); before a span reads, every position its attention would see must hold exactly that
-for its own row. So a wrong or early reuse, a page freed too soon, a write to a shared page, and a write
-under an undrained copy all end in an AssertionError that names them. The sampled token is a function of the
-history alone, so outputs must not depend on the schedule.
+Invariant: `FakeRunner` shares no code with the scheduler or the cache. Every slot of a page stores (position,
+token, hash of all tokens before it); before a span reads, every position its attention would see must hold
+exactly that for its own row. So a wrong or early reuse, a page freed too soon, a write to a shared page, and
+a page reused under an undrained copy all end in an AssertionError that names them. The sampled token is a
+function of the history alone, so outputs must not depend on the schedule.
 """
 
 from __future__ import annotations
@@ -372,7 +372,7 @@ class Replica:
         return events
 
     def step(self) -> StepPlan | None:
-        """Launch one step, and commit the oldest once `depth` are outstanding or nothing could be launched."""
+        """Launch one step; commit the oldest once `depth` are outstanding, or where nothing was launched."""
         plan = self.launch()
         if self._steps and (plan is None or len(self._steps) >= self.depth):
             self.commit()
@@ -411,6 +411,7 @@ class Replica:
         """Assert that nothing is held once everything ended and all steps committed."""
         scheduler, pool = self.scheduler, self.cache.pool
         assert not scheduler.has_work and not self._steps
+        assert scheduler.plan() is None  # ends the promises of the last step's tails
         assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_outstanding) == (0, 0, 0)
         assert pool.num_free == pool.num_usable and pool.num_retiring == 0
         assert not scheduler._promises._owners and scheduler._promises.num_parked == 0

@@ -1,8 +1,8 @@
-"""Does any schedule change an output, lose a page or use one too early? Random traffic, checked at every step.
+"""Does any schedule change an output, lose a page or use one too early? Random traffic, each step checked.
 
-A scenario is a function of its seed: shared prefixes, n > 1, salts, scripted ends, aborts at any moment, pools
-so small that rows are preempted. The fake runner checks every slot that is read; here the outputs are compared
-with those of each request alone, and the books must balance at the end.
+A scenario is a function of its seed: shared prefixes, n > 1, salts, scripted ends, aborts at any moment, and
+pools so small that rows are preempted. The fake runner checks every slot that is read; here the outputs are
+compared with those of each request alone, and the books must balance at the end.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from fake_runner import Replica, full, hybrid
 
 from slipstream.cache.kv_cache import KvCache
 from slipstream.cache.pool import PagePool
+from slipstream.cache.prefix_index import PrefixIndex
 from slipstream.core.cache_group import CacheGroup
-from slipstream.engine.scheduler import Scheduler
 
 NUM_REQUESTS = 14
 MAX_PROMPT = 60
@@ -59,7 +60,7 @@ class Traffic:
 
     def __init__(self, setup: Setup, seed: int) -> None:
         rng = self.rng = random.Random(seed)
-        max_num_tokens = rng.choice([16, 24, 64])
+        max_num_tokens = rng.choice([13, 21, 64])
         longest = MAX_PROMPT + MAX_TOKENS
         if not setup.chunked:
             max_num_tokens = MAX_PROMPT + 4
@@ -101,13 +102,13 @@ class Traffic:
         index = self.rng.choice([None, 0, 3])
         self.replica.abort(f"r{self.rng.randrange(self.num_submitted + 1)}", index)
 
-    def run(self) -> None:
+    def run(self, abort_rate: float) -> None:
         rng, replica = self.rng, self.replica
         launch_rate = rng.choice([0.5, 0.7, 1.0])
         for _ in range(20_000):
             if self.num_submitted < NUM_REQUESTS and rng.random() < 0.3:
                 self.submit()
-            if rng.random() < 0.02:
+            if rng.random() < abort_rate:
                 self.abort()
             # Commits come at any moment: up to `depth` plans are outstanding, sometimes fewer.
             if rng.random() < launch_rate or not replica.scheduler.num_outstanding:
@@ -119,18 +120,24 @@ class Traffic:
         raise AssertionError("not done after 20,000 steps")
 
 
-@pytest.mark.parametrize("name", SETUPS)
-def test_outputs_and_books_survive_random_traffic(name: str) -> None:
-    setup = SETUPS[name]
+def run_traffic(setup: Setup, *, abort_rate: float = 0.02) -> dict[str, int]:
+    """Run and check eight scenarios; returns what the schedulers counted."""
     totals: dict[str, int] = {}
     for seed in range(8):
         traffic = Traffic(setup, seed)
-        traffic.run()
+        traffic.run(abort_rate)
         traffic.replica.check_outputs()
         traffic.replica.check_idle()
         for stat, value in dataclasses.asdict(traffic.replica.scheduler.stats).items():
             before = totals.get(stat, 0)
             totals[stat] = max(value, before) if stat == "max_outstanding" else value + before
+    return totals
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_outputs_and_books_survive_random_traffic(name: str) -> None:
+    setup = SETUPS[name]
+    totals = run_traffic(setup)
     # The scenarios did what they are here for.
     assert totals["num_plans"] > 500 and totals["num_preemptions"] > 0
     assert totals["max_outstanding"] == setup.depth
@@ -140,3 +147,64 @@ def test_outputs_and_books_survive_random_traffic(name: str) -> None:
     assert (totals["num_copied_blocks"] > 0) == (setup.reuse and setup.partial)
     if setup.chunked:
         assert totals["num_chunks"] > totals["num_admissions"]
+
+
+# -- does the harness notice? ------------------------------------------------------------------------------
+
+
+def release_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Pages go back while outstanding steps still name them."""
+    release = PagePool.release
+    patch.setattr(PagePool, "release", lambda pool, pages, *, after_step: release(pool, pages, after_step=-1))
+
+
+def publish_one_block_too_many(patch: pytest.MonkeyPatch) -> None:
+    """A block can be found before its computing step is planned."""
+    publish = KvCache.publish
+
+    def publish_early(cache: KvCache, table: Any, tokens: Any, num_planned: int, *, step_id: int) -> Any:
+        held = min(num_planned + cache.block_tokens, table.capacity)
+        return publish(cache, table, tokens, held, step_id=step_id)
+
+    patch.setattr(KvCache, "publish", publish_early)
+
+
+def copy_within_a_plan(patch: pytest.MonkeyPatch) -> None:
+    """A block is copied in the step that writes it, though copies run ahead of the forward."""
+    lookup = KvCache.lookup
+    patch.setattr(
+        KvCache,
+        "lookup",
+        lambda cache, table, tokens, *, step_id: lookup(cache, table, tokens, step_id=step_id + 1),
+    )
+
+
+def trim_one_token_too_early(patch: pytest.MonkeyPatch) -> None:
+    """A window loses a block that its next query still sees."""
+    trim = KvCache.trim
+
+    def trim_early(cache: KvCache, table: Any, next_position: int, *, after_step: int) -> None:
+        trim(cache, table, next_position + cache.block_tokens, after_step=after_step)
+
+    patch.setattr(KvCache, "trim", trim_early)
+
+
+def forget_to_evict(patch: pytest.MonkeyPatch) -> None:
+    """The index still finds a page whose content is gone."""
+    patch.setattr(PrefixIndex, "forget_page", lambda index, page: None)
+
+
+MUTATIONS = {
+    "full-overlap": [release_at_once, copy_within_a_plan, forget_to_evict],
+    "full-deep": [publish_one_block_too_many],
+    "hybrid-deep": [release_at_once, trim_one_token_too_early],
+}
+
+
+@pytest.mark.parametrize(("name", "mutate"), [(name, m) for name, row in MUTATIONS.items() for m in row])
+def test_harness_notices_a_broken_cache(
+    name: str, mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    with pytest.raises((AssertionError, KeyError)):
+        run_traffic(SETUPS[name], abort_rate=0.2)
