@@ -32,7 +32,7 @@ class WeightTensor:
     shape: tuple[int, ...]
     dtype: str
     num_bytes: int
-    read: Callable[[int, int], Tensor]
+    read: Callable[[int, int], Tensor] = dataclasses.field(repr=False)
 
     def read_all(self) -> Tensor:
         return self.read(0, self.shape[0] if self.shape else 1)

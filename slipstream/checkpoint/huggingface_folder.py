@@ -7,6 +7,7 @@ index, before a weight is read; weights in pickle formats and code in the reposi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ class HuggingFaceFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self._read_config("config.json")
-        has_generation_config = (self.path / "generation_config.json").exists()
-        self.generation_config = self._read_config("generation_config.json") if has_generation_config else {}
+        has_defaults = _has(self.path, "generation_config.json")
+        self.generation_config = self._read_config("generation_config.json") if has_defaults else {}
         index = self._read_index()
         names = list(dict.fromkeys(index.values())) if index else [_single_name(self.path)]
         self._shards: dict[str, SafetensorsFile] = {}
@@ -63,7 +64,7 @@ class HuggingFaceFolder:
     def _read_index(self) -> dict[str, str]:
         """Return tensor name -> shard name, or {} where the model is one file."""
         # As transformers does it: a complete model.safetensors wins over an index beside it.
-        if (self.path / _SINGLE).exists() or not (self.path / _INDEX).exists():
+        if _has(self.path, _SINGLE) or not _has(self.path, _INDEX):
             return {}
         path, label = resolve_member(self.path, _INDEX), self.path / _INDEX
         index = read_json_object(path, max_bytes=MAX_INDEX_BYTES, label=label, unique_keys=True)
@@ -93,6 +94,11 @@ class HuggingFaceFolder:
                 )
 
 
+def _has(folder: Path, name: str) -> bool:
+    # A dangling link counts: passing over it would load another file than the one that was meant.
+    return os.path.lexists(folder / name)
+
+
 def resolve_member(folder: Path, name: str) -> Path:
     """Return the real path of a file of `folder`; raise CheckpointError where it lies outside or is missing.
 
@@ -120,7 +126,7 @@ def resolve_member(folder: Path, name: str) -> Path:
 
 def _single_name(folder: Path) -> str:
     """Return the name of the folder's only safetensors file."""
-    if (folder / _SINGLE).exists():
+    if _has(folder, _SINGLE):
         return _SINGLE
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(found) == 1:

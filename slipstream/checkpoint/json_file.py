@@ -37,12 +37,12 @@ def parse_json_object(data: bytes, *, label: str, unique_keys: bool = False) -> 
         raise damaged(label, f"has more than {_MAX_MARKS} JSON strings, lists and objects")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) == len(pairs):
-            return found
-        keys = [key for key, _ in pairs]
-        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-        raise damaged(label, f"JSON key {shown(twice)} appears twice")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise damaged(label, f"JSON key {shown(key)} appears twice")
+            found[key] = value
+        return found
 
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique if unique_keys else None)

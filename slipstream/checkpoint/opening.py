@@ -13,6 +13,7 @@ from slipstream.checkpoint import hub
 from slipstream.checkpoint.base import Checkpoint
 from slipstream.checkpoint.gguf import GgufCheckpoint
 from slipstream.checkpoint.huggingface_folder import PICKLE_SUFFIXES, HuggingFaceFolder
+from slipstream.checkpoint.weight_file import shown
 from slipstream.core.errors import CheckpointError, ConfigError, UnsupportedError, nearest
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -31,8 +32,8 @@ def open_checkpoint(
     `revision` is for hub ids. Every header is checked before this returns; weights are read later, by rows.
     Raises CheckpointError for the files, ConfigError for the arguments.
     """
-    _check_options(load_format, trust_remote_code=trust_remote_code)
-    path = Path(model).expanduser()
+    _check_options(model, load_format, trust_remote_code=trust_remote_code)
+    path = Path(os.path.expanduser(model))
     kind = _kind(path, model)
     if kind == "missing":
         return _open_hub(str(model), load_format=load_format, revision=revision)
@@ -45,7 +46,11 @@ def open_checkpoint(
     return _open_file(path, load_format=load_format)
 
 
-def _check_options(load_format: str, *, trust_remote_code: bool) -> None:
+def _check_options(model: str | Path, load_format: str, *, trust_remote_code: bool) -> None:
+    if not isinstance(model, (str, Path)) or not str(model):
+        raise ConfigError(
+            f"model={model!r}: give a .gguf file, a model folder or a hub id such as 'org/name'."
+        )
     if load_format not in LOAD_FORMATS:
         raise ConfigError(
             f"load_format={load_format!r} is unknown; allowed: {', '.join(LOAD_FORMATS)}."
@@ -69,7 +74,9 @@ def _kind(path: Path, model: str | Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(model)!r} cannot be opened: {error}. Check the path.") from error
+        raise CheckpointError(
+            f"{shown(str(model))} cannot be opened: {_reason(error)}. Check the path."
+        ) from error
     if stat.S_ISDIR(mode):
         return "folder"
     if stat.S_ISREG(mode):
@@ -79,11 +86,16 @@ def _kind(path: Path, model: str | Path) -> str:
     )
 
 
+def _reason(error: Exception) -> str:
+    # The text of an OSError repeats the path, which may be a megabyte long.
+    return getattr(error, "strerror", None) or str(error)
+
+
 def _open_hub(model: str, *, load_format: str, revision: str | None) -> Checkpoint:
     if not hub.is_hub_id(model):
         raise CheckpointError(
-            f"{model!r} does not exist. Give a .gguf file, a folder with config.json and safetensors, or a "
-            "hub id such as 'org/name'."
+            f"{shown(model)} does not exist. Give a .gguf file, a folder with config.json and safetensors, "
+            "or a hub id such as 'org/name'."
         )
     if load_format == "gguf":
         raise UnsupportedError(
@@ -115,7 +127,9 @@ def _open_folder(path: Path, *, load_format: str) -> Checkpoint:
     try:
         names = sorted(os.listdir(path))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be listed: {error}. Check its permissions.") from error
+        raise CheckpointError(
+            f"{path}: cannot be listed: {_reason(error)}. Check its permissions."
+        ) from error
     gguf_files = [name for name in names if name.lower().endswith(".gguf")]
     has_safetensors = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
     if load_format == "safetensors" or (has_safetensors and load_format == "auto"):

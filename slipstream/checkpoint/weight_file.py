@@ -9,6 +9,7 @@ kills the process with SIGBUS.
 from __future__ import annotations
 
 import os
+import reprlib
 import stat
 from pathlib import Path
 
@@ -25,6 +26,10 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 120
+_BRIEF.maxlevel = 3
+
 
 def damaged(where: str | Path, detail: str) -> CheckpointError:
     """Return the error for a file whose contents break its format."""
@@ -32,9 +37,8 @@ def damaged(where: str | Path, detail: str) -> CheckpointError:
 
 
 def shown(value: object) -> str:
-    """Return `repr(value)` cut to a readable length: names in hostile files may be megabytes long."""
-    text = value if isinstance(value, (str, bytes)) else repr(value)
-    return f"{text[:96]!r}... ({len(text)} long)" if len(text) > 96 else repr(value)
+    """Return `repr(value)` cut to a readable length and depth: hostile values may be megabytes long."""
+    return _BRIEF.repr(value)
 
 
 def view_bytes(raw: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -50,9 +54,10 @@ class WeightFile:
         self.label = str(label or path)
         self._fd = -1
         try:
-            # Looking before opening: open() itself would block on a FIFO.
+            # Looking first: opening a device can have effects. O_NONBLOCK: a FIFO put here since must not
+            # block.
             self._require_regular(os.stat(path))
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             status = os.fstat(self._fd)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.label}: cannot be opened: {error}. Check the path.") from error
