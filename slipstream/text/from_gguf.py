@@ -21,7 +21,7 @@ from slipstream.text.byte_pieces import ALPHABET, BYTE_OF, SPACE_MARK
 from slipstream.text.eos_tokens import turn_end_ids
 from slipstream.text.merge_rules import merge_rules
 from slipstream.text.pre_tokenizers import word_cut
-from slipstream.text.tokenizer import FastTokenizer
+from slipstream.text.tokenizer import FastTokenizer, add_tokens
 from slipstream.text.vocab_checks import check_unique
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -212,8 +212,7 @@ def add_whole_tokens(backend: Backend, vocabulary: Vocabulary) -> None:
         # Runs of spaces are found by merging: normalisation rewrites them before added tokens could match.
         if is_control or (kind == USER_DEFINED and token.strip(SPACE_MARK)):
             added.append(AddedToken(token, normalized=False, special=is_control))
-    add: Any = backend.add_tokens
-    add(added)
+    add_tokens(backend, added)
 
 
 def frame(backend: Backend, vocabulary: Vocabulary, adds_bos: bool) -> None:

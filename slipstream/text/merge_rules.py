@@ -86,8 +86,8 @@ def derive(
 def rebuild(pieces: Sequence[str], owners: Any, lengths: Any) -> list[Merge] | None:
     """Return the merges that numbers from a file describe, None where they cannot be about these pieces."""
     try:
-        cut = zip(owners, lengths, strict=True)
-        return [((piece := pieces[i])[:length], piece[length:]) for i, length in cut]
+        cut = zip(map(pieces.__getitem__, owners), lengths, strict=True)
+        return [(piece[:length], piece[length:]) for piece, length in cut]
     except (IndexError, ValueError, TypeError):
         return None
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, cast
 
-from tokenizers import Encoding, models
+from tokenizers import AddedToken, Encoding, models
 from tokenizers import Tokenizer as Backend
 
 from slipstream.core.errors import RequestError
-from slipstream.text.base import ControlSpan
-from slipstream.text.byte_pieces import TokenBytes, byte_pieces
+from slipstream.text.base import BytePieces, ControlSpan
+from slipstream.text.byte_pieces import byte_pieces
 
 
 class FastTokenizer:
@@ -50,7 +50,7 @@ class FastTokenizer:
         self._added = sorted(backend.get_added_tokens_decoder().items())
         self.special_ids = frozenset(token_id for token_id, token in self._added if token.special)
         self.vocab_size = vocab_size or max(backend.get_vocab().values(), default=-1) + 1
-        self.byte_pieces: TokenBytes | None = byte_pieces(backend)
+        self.byte_pieces: BytePieces | None = byte_pieces(backend)
 
     def _named(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -150,16 +150,14 @@ class FastTokenizer:
     def _scanner(self) -> Backend:
         """An empty model that sees control tokens only, at the speed of one Aho-Corasick pass."""
         scanner = Backend(models.BPE())
-        add: Any = scanner.add_special_tokens
-        add([token for _, token in self._added if token.special])
+        add_tokens(scanner, [token for _, token in self._added if token.special])
         return scanner
 
     def _twin(self, pre_tokenizer: Any) -> Backend:
         """Return a second pipeline over the same model (shared, not copied) that skips special tokens."""
         twin = Backend(self._backend.model)
         twin.normalizer = self._backend.normalizer
-        add: Any = twin.add_tokens
-        add([token for _, token in self._added])
+        add_tokens(twin, [token for _, token in self._added])
         if any(twin.token_to_id(token.content) != token_id for token_id, token in self._added):
             # Ids with holes are numbered anew when tokens are added one by one; a full copy keeps them.
             twin = Backend.from_str(self._backend.to_str())
@@ -180,6 +178,11 @@ class FastTokenizer:
         cuts = [0, *(span.start + 1 for span in self.find_control(text)), len(text)]
         parts = [text[a:b] for a, b in pairwise(cuts) if a < b]
         return [i for part in parts for i in run(backend, part).ids if i not in control]
+
+
+def add_tokens(backend: Any, tokens: list[AddedToken]) -> None:
+    """Add tokens with the flags they carry; one that the model holds keeps its id."""
+    backend.add_tokens(tokens)
 
 
 def run(backend: Backend, text: str, *, add_special_tokens: bool = False) -> Encoding:
