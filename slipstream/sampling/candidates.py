@@ -37,7 +37,7 @@ def leading(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     vocab_size = x_RV.shape[1]
     num_blocks = -(-vocab_size // BLOCK)
-    if k * 4 > num_blocks:
+    if searched(vocab_size, k) == vocab_size:
         ids = torch.arange(vocab_size, device=x_RV.device).expand(x_RV.shape[0], -1)
         return _first(x_RV, ids, k)
     maxima = _block_max(x_RV)
@@ -46,6 +46,11 @@ def leading(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, ids = _first(*_expand(x_RV, blocks), k)
     # Only a row of NaN can bring up a place beyond the vocabulary; its id must still be one to gather with.
     return values, ids.clamp_(max=vocab_size - 1)
+
+
+def searched(vocab_size: int, k: int) -> int:
+    """Return how many tokens of a row `leading` puts in order: those of k blocks, or all."""
+    return k * BLOCK if k * BLOCK * 4 <= vocab_size else vocab_size
 
 
 def heavy(x_NV: Tensor, is_heavy_NV: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from slipstream.sampling.candidates import heavy, leading
+from slipstream.sampling.candidates import heavy, leading, searched
 from slipstream.sampling.weights import draw, passing, scale_bits, target_of, weigh
 
 FIRST_CANDIDATES = 64
-SLICE_ELEMENTS = 2**25
+SLICE_ELEMENTS = 2**24
 CPU_SLICE_ELEMENTS = 2**17
 
 
@@ -41,11 +41,14 @@ class FilterParams:
         )
 
 
-def slices(x_NV: Tensor) -> list[slice]:
-    """Cut rows so that an int64 pass over a slice stays in a CPU's cache, or within 256 MiB elsewhere."""
+def slices(x_NV: Tensor, width: int | None = None) -> list[slice]:
+    """Cut rows so that int64 intermediates of `width` (V unless given) columns stay small.
+
+    A CPU keeps them in its cache; elsewhere one takes at most 128 MiB (or one row).
+    """
     elements = CPU_SLICE_ELEMENTS if x_NV.device.type == "cpu" else SLICE_ELEMENTS
     num_rows, vocab_size = x_NV.shape
-    step = max(1, elements // vocab_size)
+    step = max(1, elements // (width or vocab_size))
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
@@ -64,12 +67,17 @@ def draw_full(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_min_
 
 def draw_top_k(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, max_k: int) -> Tensor:
     """Return one token id per row, int64 [N]; every row has a top_k in 1..max_k."""
-    bits = scale_bits(x_NV.shape[1])
-    values, ids = leading(x_NV, max_k)
-    weights = weigh(values, max_R=values[:, 0], temperature_R=params.temperature_N, bits=bits)
-    places = torch.arange(max_k, device=weights.device)
-    weights.masked_fill_(places >= params.top_k_N[:, None], 0)
-    return draw_trimmed(weights, ids, weights.sum(-1), uniform_N, params, bits)
+    vocab_size = x_NV.shape[1]
+    bits, max_k = scale_bits(vocab_size), min(max_k, vocab_size)
+    places = torch.arange(max_k, device=x_NV.device)
+    drawn: list[Tensor] = []
+    for rows in slices(x_NV, searched(vocab_size, max_k)):
+        part = params.part(rows)
+        values, ids = leading(x_NV[rows], max_k)
+        weights = weigh(values, max_R=values[:, 0], temperature_R=part.temperature_N, bits=bits)
+        weights.masked_fill_(places >= part.top_k_N[:, None], 0)
+        drawn.append(draw_trimmed(weights, ids, weights.sum(-1), uniform_N[rows], part, bits))
+    return torch.cat(drawn)
 
 
 def draw_top_p(x_NV: Tensor, uniform_N: Tensor, params: FilterParams) -> Tensor:

@@ -2,8 +2,8 @@
 
 Order: raw log-softmax for logprobs; then logit bias; repetition, presence and frequency penalties; the stop
 ids of rows below `min_tokens`; the mask; then a greedy row takes the largest logit and a random row goes
-through temperature, top-k, top-p, min-p and the draw (`filters.py`). transformers puts bias before penalties
-as here and has no mask of its own; vLLM masks and biases alike, before its penalties.
+through temperature, top-k, top-p, min-p and the draw (`filters.py`). transformers has the same order; vLLM
+has minimum length and bias before the penalties, and min-p before top-k and top-p.
 
 Invariant: `sample` needs no token, length or count from the host and never waits for the device, so a step
 may be launched before the last one is known; a row's result does not depend on its neighbours.
