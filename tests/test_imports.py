@@ -55,7 +55,7 @@ def loaded_by(code: str) -> set[str]:
         "import slipstream.core.plan, slipstream.core.batch, slipstream.core.cache_group",
         "import slipstream.text.base, slipstream.checkpoint.base",
         pytest.param("import slipstream.cli.main", marks=has_cli),
-        pytest.param(HELP, marks=has_cli),
+        pytest.param(HELP, marks=has_cli, id="slipstream --help"),
     ],
 )
 def test_nothing_heavy_is_loaded(code: str) -> None:
