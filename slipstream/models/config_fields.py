@@ -6,7 +6,7 @@ is built; the message names the field. Bounds are far above any published model 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
 from slipstream.checkpoint.fields import optional, require
@@ -20,6 +20,7 @@ MAX_HEADS = 4096
 MAX_HEAD_DIM = 1024
 MAX_VOCAB = 1 << 23
 MAX_POSITIONS = 1 << 28
+MIN_EPS = 1e-15
 GGUF = "GGUF metadata"
 
 
@@ -35,7 +36,7 @@ def hf_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": require(
             config, "max_position_embeddings", int, minimum=1, maximum=MAX_POSITIONS
         ),
-        "norm_eps": require(config, "rms_norm_eps", float, minimum=0.0, maximum=1.0),
+        "norm_eps": require(config, "rms_norm_eps", float, minimum=MIN_EPS, maximum=1.0),
     }
     heads = sizes["num_heads"]
     sizes["num_kv_heads"] = optional(config, "num_key_value_heads", int, heads, minimum=1, maximum=MAX_HEADS)
@@ -65,7 +66,7 @@ def gguf_sizes(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]
             metadata,
             f"{architecture}.attention.layer_norm_rms_epsilon",
             float,
-            minimum=0.0,
+            minimum=MIN_EPS,
             maximum=1.0,
             where=GGUF,
         ),
@@ -99,7 +100,7 @@ def gguf_vocab_size(metadata: Mapping[str, Any], architecture: str) -> int:
     """Return `<architecture>.vocab_size`, or the number of the tokenizer's tokens where it is absent."""
     key = f"{architecture}.vocab_size"
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if metadata.get(key) is None and isinstance(tokens, Sized) and 1 <= len(tokens) <= MAX_VOCAB:
+    if metadata.get(key) is None and isinstance(tokens, list) and 1 <= len(tokens) <= MAX_VOCAB:
         return len(tokens)
     return require(metadata, key, int, minimum=1, maximum=MAX_VOCAB, where=GGUF)
 

@@ -1,0 +1,283 @@
+"""Does our Llama say what transformers' says, from either format, and refuse what it cannot run?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slipstream.core.errors import CheckpointError, ConfigError
+from slipstream.layers.linear import Linear
+from slipstream.models.llama import Llama, LlamaConfig
+from slipstream.parallel.mesh import Mesh
+from slipstream.quant.unquantized import Unquantized
+from tests.models.harness import PagedRunner
+from tests.models.parity import (
+    CHUNKS,
+    PROMPT_LEN,
+    TOLERANCE,
+    assert_same_greedy,
+    assert_same_logits,
+    prompt_of,
+    relative_error,
+    separated_greedy,
+)
+from tests.models.twins import hf_logits, load, make_llama, save, write_gguf
+
+
+@pytest.fixture(scope="module")
+def twin() -> Any:
+    return make_llama()
+
+
+@pytest.fixture(scope="module")
+def folder(twin: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(twin, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def hf_config(twin: Any) -> dict[str, Any]:
+    return twin.config.to_dict()
+
+
+@pytest.fixture(scope="module")
+def greedy(twin: Any) -> list[int]:
+    return separated_greedy(twin)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_logits_and_greedy_tokens_match(twin: Any, greedy: list[int], folder: Path, chunk: int) -> None:
+    ours = load(folder)
+    assert_same_logits(ours, twin, chunk=chunk)
+    assert_same_greedy(ours, greedy, chunk=chunk)
+
+
+def test_one_changed_weight_is_seen(twin: Any, folder: Path) -> None:
+    ours = load(folder)
+    ours.layers[1].mlp.down.weight.data[3, 5] += 0.5
+    with pytest.raises(AssertionError):
+        assert_same_logits(ours, twin, chunk=7)
+
+
+def test_gguf_twin_matches(twin: Any, tmp_path: Path) -> None:
+    ours = load(write_gguf(twin, tmp_path / "llama.gguf"))
+    assert ours.rotary.factors is not None and not ours.config.is_tied
+    assert_same_logits(ours, twin, chunk=7)
+
+
+def test_rotary_factors_of_gguf_are_used(twin: Any, tmp_path: Path) -> None:
+    ours = load(write_gguf(twin, tmp_path / "llama.gguf"))
+    ours.rotary.factors.data.fill_(1.0)
+    with pytest.raises(AssertionError):
+        assert_same_logits(ours, twin, chunk=7)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"attention_bias": True, "mlp_bias": True},
+        {
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+        },
+        {"hidden_act": "gelu_pytorch_tanh", "head_dim": 24},
+    ],
+    ids=["tied", "biases", "linear-rope", "head-dim"],
+)
+def test_variants_match(tmp_path: Path, changes: dict[str, Any]) -> None:
+    twin = make_llama(**changes)
+    assert_same_logits(load(save(twin, tmp_path / "model")), twin, chunk=7)
+
+
+def test_tied_quantized_gguf_matches_its_own_rounded_weights(tmp_path: Path) -> None:
+    twin = make_llama(tie_word_embeddings=True, num_key_value_heads=2)
+    ours = load(write_gguf(twin, tmp_path / "llama.gguf", quantize=True))
+    assert ours.head.weight is ours.embedding.weight
+    given = PagedRunner(ours).logits(prompt_of(20), chunk=7)
+    error = relative_error(given, hf_logits(twin, prompt_of(20)))
+    # Q8_0 keeps 8 bits of every weight: about 0.4% each, a few percent of the largest logit after 3 layers;
+    # zero would mean that nothing was quantised.
+    assert 1e-4 < error < 0.1
+
+
+def test_bfloat16_stays_near_float32(twin: Any, folder: Path) -> None:
+    prompt = prompt_of(20)
+    ours = load(folder, dtype=torch.bfloat16)
+    given = PagedRunner(ours, kv_dtype=torch.bfloat16).logits(prompt, chunk=7)
+    # bfloat16 keeps 8 bits: 0.4% a step, a few percent over 3 layers.
+    assert relative_error(given, hf_logits(twin, prompt)) < 0.1
+
+
+@pytest.mark.parametrize("num_rows", [1, 32])
+def test_every_linear_runs_once_a_step(folder: Path, num_rows: int) -> None:
+    ours = load(folder)
+    counts: dict[str, int] = {}
+    for name, module in ours.named_modules():
+        if isinstance(module, Linear):
+            module.register_forward_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
+    runner = PagedRunner(ours)
+    runner.step([(runner.add(prompt_of(3 + i % 5, seed=i)), 3 + i % 5) for i in range(num_rows)])
+    assert len(counts) == 4 * ours.config.num_layers
+    assert set(counts.values()) == {1}
+
+
+def test_a_row_does_not_depend_on_its_neighbours(folder: Path) -> None:
+    ours = load(folder)
+    prompts = [prompt_of(3 + 5 * i, seed=i) for i in range(6)]
+    alone = [PagedRunner(ours).greedy([p], num_new=12, chunk=64)[0] for p in prompts]
+    assert PagedRunner(ours).greedy(prompts, num_new=12, chunk=5) == alone
+
+
+def test_cache_is_one_full_group(folder: Path) -> None:
+    (group,) = load(folder).cache_groups()
+    assert (group.kind, group.layers, group.heads, group.head_dim) == ("full", (0, 1, 2), 2, 16)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_tensor_ranks_hold_half_each(hf_config: dict[str, Any], rank: int) -> None:
+    config = LlamaConfig.from_hf(hf_config)
+    whole = parameter_bytes(config, Mesh())
+    replicated = 4 * (2 * config.num_layers + 1) * config.hidden_size
+    assert parameter_bytes(config, Mesh(tp_size=2, tp_rank=rank)) <= whole / 2 + replicated
+
+
+def parameter_bytes(config: LlamaConfig, mesh: Mesh) -> int:
+    model = Llama(config, mesh=mesh, quant=Unquantized(), dtype=torch.float32, device="cpu")
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def test_more_ranks_than_kv_heads_hold_copies(hf_config: dict[str, Any]) -> None:
+    config = LlamaConfig.from_hf(hf_config)
+    models = [
+        Llama(config, mesh=Mesh(tp_size=4, tp_rank=r), quant=Unquantized(), dtype=torch.float32, device="cpu")
+        for r in range(4)
+    ]
+    starts = [model.layers[0].attention.qkv.weight.slots["k"].start for model in models]
+    assert starts == [0, 0, 16, 16]
+    assert models[0].cache_groups()[0].heads == 1
+
+
+def test_heads_that_ranks_cannot_share_are_refused(hf_config: dict[str, Any]) -> None:
+    config = LlamaConfig.from_hf(hf_config)
+    with pytest.raises(ConfigError, match="2 key-value heads cannot be shared by 3 tensor ranks"):
+        Llama(
+            config,
+            mesh=Mesh(tp_size=3),
+            quant=Unquantized(),
+            dtype=torch.float32,
+            device="cpu",
+        )
+
+
+BAD_VALUES = [0, -1, 1 << 40, "64", float("nan"), True, [1]]
+REQUIRED = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+]
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_missing_field_is_named(hf_config: dict[str, Any], field: str) -> None:
+    del hf_config[field]
+    with pytest.raises(CheckpointError, match=field):
+        LlamaConfig.from_hf(hf_config)
+
+
+@pytest.mark.parametrize("value", BAD_VALUES, ids=repr)
+@pytest.mark.parametrize(
+    "field", [*REQUIRED[:6], "num_key_value_heads", "head_dim", "hidden_act", "quantization_config"]
+)
+def test_bad_value_is_refused_by_field(hf_config: dict[str, Any], field: str, value: Any) -> None:
+    hf_config[field] = value
+    with pytest.raises(CheckpointError, match=field):
+        LlamaConfig.from_hf(hf_config)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1e-5", 2.0, False], ids=repr)
+def test_bad_epsilon_is_refused(hf_config: dict[str, Any], value: Any) -> None:
+    hf_config["rms_norm_eps"] = value
+    with pytest.raises(CheckpointError, match="rms_norm_eps"):
+        LlamaConfig.from_hf(hf_config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": None, "hidden_size": 66}, "num_attention_heads"),
+        ({"head_dim": 15}, "head_dim is 15"),
+        ({"hidden_act": "silo"}, "Did you mean 'silu'"),
+        ({"quantization_config": {"quant_method": "made_up"}}, "quantization_config.*made_up"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' are not supported"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ],
+    ids=lambda case: str(case)[:40],
+)
+def test_fields_that_do_not_fit_are_refused(
+    hf_config: dict[str, Any], changes: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        LlamaConfig.from_hf(hf_config | changes)
+
+
+def gguf_metadata() -> dict[str, Any]:
+    return {
+        "llama.context_length": 512,
+        "llama.embedding_length": 64,
+        "llama.block_count": 3,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "tokenizer.ggml.tokens": ["a"] * 128,
+    }
+
+
+def test_gguf_vocabulary_falls_back_to_the_tokenizer() -> None:
+    config = LlamaConfig.from_gguf(gguf_metadata(), ["output.weight"])
+    assert (config.vocab_size, config.head_dim, config.rope.theta, config.is_tied) == (
+        128,
+        16,
+        10_000.0,
+        False,
+    )
+
+
+@pytest.mark.parametrize("field", list(gguf_metadata()))
+def test_gguf_field_missing_or_wrong_is_named(field: str) -> None:
+    named = "vocab_size" if "tokens" in field else field
+    for value in (None, 0, "8", float("nan"), 1 << 50):
+        if field.endswith("_kv") and value is None:
+            continue
+        with pytest.raises(CheckpointError, match=named):
+            LlamaConfig.from_gguf(gguf_metadata() | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"llama.expert_count": 8}, "expert_count is 8"),
+        ({"llama.rope.scaling.type": "yarn"}, "'yarn' are not supported"),
+        ({"llama.rope.dimension_count": 8}, "dimension_count is 8"),
+        ({"llama.attention.value_length": 8}, "value_length is 8"),
+        ({"llama.attention.head_count_kv": [2, 2, 2]}, "head_count_kv"),
+    ],
+    ids=lambda case: str(case)[:40],
+)
+def test_gguf_variants_are_refused_by_name(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        LlamaConfig.from_gguf(gguf_metadata() | changes)
+
+
+def test_tolerance_is_far_above_rounding(twin: Any, folder: Path) -> None:
+    given = PagedRunner(load(folder)).logits(prompt_of(PROMPT_LEN), chunk=PROMPT_LEN)
+    assert relative_error(given, hf_logits(twin, prompt_of(PROMPT_LEN))) < TOLERANCE / 10
