@@ -23,7 +23,8 @@ from slipstream.engine.output_processor import OutputProcessor
 from slipstream.engine.progress import generating_bar, loading_bar
 from slipstream.engine.pump import Pump
 from slipstream.text.base import Tokenizer
-from slipstream.text.chat import encode_chat
+from slipstream.text.chat_prompt import encode_chat
+from slipstream.text.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class LLM:
         with loading_bar(use_tqdm) as progress:
             self._assembly = assemble(config, progress=progress)
         self._llm_id = f"llm-{uuid.uuid4().hex[:12]}"
+        self._template = chat_template_of(self._assembly.tokenizer)
         self._seed = config.seed
         self._ordinals = itertools.count()
         processor = OutputProcessor(self._assembly.tokenizer, stream_interval=config.stream_interval)
@@ -265,10 +267,14 @@ class LLM:
         self, messages: Sequence[Message], add_generation_prompt: bool, template_kwargs: Mapping[str, Any]
     ) -> Encoded:
         try:
-            text, token_ids = encode_chat(
-                self.tokenizer, messages, add_generation_prompt=add_generation_prompt, **template_kwargs
+            chat = encode_chat(
+                self.tokenizer,
+                self._template,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                **template_kwargs,
             )
-            return Encoded(token_ids, text)
+            return Encoded(chat.token_ids, chat.text)
         except RequestError as error:
             return Encoded([], None, error)
 
@@ -277,6 +283,8 @@ class LLM:
     def shutdown(self) -> None:
         """Stop the engine; pending requests fail with code "engine_stopped". Idempotent."""
         self._finalizer()
+        if self._template is not None:
+            self._template.close()
 
     def __enter__(self) -> Self:
         return self
@@ -285,6 +293,13 @@ class LLM:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
+
+
+def chat_template_of(tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """Return a model's own chat template, or None where it has none."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return None
+    return ChatTemplate(tokenizer.chat_template, special_tokens=tokenizer.special_tokens)
 
 
 def split_prompts(prompts: Any) -> tuple[list[Prompt], bool]:

@@ -89,8 +89,7 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
             element_bytes=dtype.itemsize,
         )
         backend, why = choose_backend(resolved.attn_backend, resolved.device, groups)
-        notify = progress or (lambda what, share: None)
-        load_weights(model, checkpoint, progress=lambda done, total: notify("loading weights", done / total))
+        load_weights(model, checkpoint, progress=_weights_progress(progress))
         eos = _eos_token_ids(tokenizer, checkpoint)
     finally:
         checkpoint.close()
@@ -156,6 +155,10 @@ def _build_engine(
         backend=backend,
     )
     return Engine(scheduler, runner, depth=resolved.depth), capacity, limits
+
+
+def _weights_progress(progress: Progress | None) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress("loading weights", done / total)
 
 
 def fit_seq_len(cache: KvCache, resolved: ResolvedConfig, *, asked: int | None) -> int:

@@ -298,7 +298,7 @@ class Scheduler:
             hit = self.cache.lookup(sequence.table, sequence.tokens, step_id=plan.step_id)
             if self._park(sequence, hit):
                 continue
-            if not self._enable_chunked_prefill and len(sequence.tokens) - self._cached(hit) > budget:
+            if not self._enable_chunked_prefill and not self._fits_whole(sequence, hit, budget):
                 break
             chunk = self._admit(plan, sequence, hit, budget)
             if not chunk:
@@ -315,6 +315,10 @@ class Scheduler:
             and self.cache.pool.num_free <= self._blocked[1]
             and self.num_running > 0
         )
+
+    def _fits_whole(self, sequence: Sequence, hit: Hit, budget: int) -> bool:
+        """Say whether a prompt runs in one step; what a preempted one grew beyond any step runs in chunks."""
+        return min(len(sequence.tokens) - self._cached(hit), self._max_num_tokens) <= budget
 
     def _park(self, sequence: Sequence, hit: Hit) -> bool:
         """Take a sequence off the queue while another one computes the blocks it wants next."""
@@ -385,6 +389,7 @@ class Scheduler:
 
     def _start(self, plan: StepPlan, sequence: Sequence, cached: int) -> None:
         sequence.row = self._free_rows.pop()
+        sequence.admission = self.stats.num_admissions
         sequence.state = State.RUNNING
         sequence.num_scheduled = sequence.num_computed = cached
         sequence.prefill_end = len(sequence.tokens)
@@ -470,10 +475,10 @@ class Scheduler:
             if sequence.row == row:
                 sequence.num_computed = end
             ids = tokens.get(row)
-            if ids is None:
+            if ids is None or step_id <= sequence.discard_through:
                 continue
             sequence.num_in_flight -= 1
-            if not ids or step_id <= sequence.discard_through:
+            if not ids:
                 continue
             token = ids[0]
             sequence.tokens.append(token)
@@ -498,31 +503,43 @@ class Scheduler:
     def _fail_rows(
         self, result: StepResult, entries: list[tuple[int, Sequence, int]], events: list[TokenEvent]
     ) -> None:
-        """Fail rows with an error, and rewind whoever shares pages that they or a failed load wrote.
+        """Fail rows with an error, and rewind whoever read pages that they or a failed load wrote.
 
         The earliest admission fails first: a later row that fails only because it reads the first one's pages
-        is rewound, recomputes them itself and fails then only by its own doing.
+        is rewound, recomputes them itself and fails then only by its own doing. A row that ended meanwhile
+        has nothing to say, but what it wrote is as bad.
         """
-        bad = set(result.kv_failed)
+        self._rewind_readers(self.cache.condemn_pages(result.kv_failed), entries)
         failing = [(seq, result.row_errors[row]) for row, seq, _ in entries if row in result.row_errors]
-        for sequence, message in sorted(failing, key=lambda pair: pair[0].order):
-            if sequence.state is State.FINISHED or sequence.discard_through >= result.step_id:
+        for sequence, message in sorted(failing, key=lambda pair: pair[0].admission):
+            if sequence.discard_through >= result.step_id:
                 continue
-            event = _event(sequence, finish_reason="error")
-            event.error = (message, "numerical_error")
-            bad |= self.cache.condemn(sequence.table)
-            self._finish(sequence, keep=False)
-            events.append(event)
-            self._rewind_readers(bad)
-        self._rewind_readers(bad)
+            bad = self.cache.condemn(sequence.table)
+            if sequence.state is not State.FINISHED:
+                event = _event(sequence, finish_reason="error")
+                event.error = (message, "numerical_error")
+                self._finish(sequence, keep=False)
+                events.append(event)
+            self._rewind_readers(bad, entries)
 
-    def _rewind_readers(self, bad: set[int]) -> None:
-        """Preempt every running sequence that reads a bad page, and drop what it has in flight."""
-        for sequence in sorted(self.running(), key=lambda running: running.order):
-            if any(page in bad for pages in sequence.table.pages for page in pages):
-                bad |= self.cache.condemn(sequence.table)
+    def _rewind_readers(self, bad: set[int], entries: list[tuple[int, Sequence, int]]) -> None:
+        """Preempt every sequence in flight that read a bad page, and drop what it has in flight.
+
+        What a reader wrote is bad in turn, so this repeats until nobody is found.
+        """
+        steps = [entries, *(later for _, later in self._outstanding)]
+        suspects = dict.fromkeys(self.running())
+        suspects.update(dict.fromkeys(sequence for step in steps for _, sequence, _ in step))
+        while readers := [sequence for sequence in suspects if sequence.table.has_read(bad)]:
+            for sequence in readers:
+                del suspects[sequence]
+                bad |= self.cache.condemn(sequence.table, bad)
+                if sequence.state is State.FINISHED or sequence.discard_through == self._next_step_id - 1:
+                    continue
                 sequence.discard_through = self._next_step_id - 1
-                self._preempt(sequence)
+                sequence.num_in_flight = 0
+                if sequence.state is State.RUNNING:
+                    self._preempt(sequence)
                 self.stats.num_rewound += 1
 
 

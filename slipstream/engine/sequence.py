@@ -20,10 +20,12 @@ class Sequence:
     `tokens` are known on the host; `num_scheduled` of the sequence's tokens are computed by launched or
     planned steps, `num_computed` by committed ones; `num_in_flight` sampled tokens are not known here yet.
     `prefill_end` is where the prompt (after a preemption: everything known) ends, `last_decode_start` the
-    last position whose successor may still be sampled. `order` is the arrival order, kept for life.
+    last position whose successor may still be sampled. `order` is the arrival order, kept for life;
+    `admission` counts admissions: a sequence reuses only what an earlier admission computes.
     """
 
     __slots__ = (
+        "admission",
         "discard_through",
         "last_decode_start",
         "last_step",
@@ -56,6 +58,7 @@ class Sequence:
         self.stop_ids = request.stop_token_ids
         self.state = State.WAITING
         self.row = -1
+        self.admission = -1
         self.prefill_end = self.num_prompt
         self.num_scheduled = 0
         self.num_computed = 0
