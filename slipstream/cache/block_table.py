@@ -9,14 +9,32 @@ class BlockTable:
     `pages[g][b]` holds tokens b * block_tokens onwards (NULL_PAGE: given back, behind a window). `capacity`
     counts the tokens that the pages can hold. `keys` are the keys of the full blocks of the known tokens,
     `num_published` how many of them other requests can find. `first_live[g]` is the first block not given
-    back. `num_reused` blocks came from the index and belong to others too.
+    back. `num_reused` blocks came from the index and belong to others too; `copied` are the pages whose
+    content was copied in. `left` are the pages given back while a step up to `left_step` may still use them.
+    The last four outlive `reset`, so that a step in flight can still be found to have read a bad page.
     """
 
-    __slots__ = ("capacity", "first_live", "keys", "num_published", "num_reused", "pages", "root", "tail_key")
+    __slots__ = (
+        "capacity",
+        "copied",
+        "first_live",
+        "keys",
+        "left",
+        "left_step",
+        "num_published",
+        "num_reused",
+        "pages",
+        "root",
+        "tail_key",
+    )
 
     def __init__(self, num_groups: int, root: bytes) -> None:
         self.root = root
         self.keys: list[bytes] = []
+        self.num_reused = 0
+        self.copied: list[int] = []
+        self.left: list[int] = []
+        self.left_step = -1
         self.reset(num_groups)
 
     def reset(self, num_groups: int) -> None:
@@ -25,8 +43,16 @@ class BlockTable:
         self.first_live = [0] * num_groups
         self.capacity = 0
         self.num_published = 0
-        self.num_reused = 0
         self.tail_key: bytes | None = None
 
     def parent_of(self, block: int) -> bytes:
         return self.keys[block - 1] if block else self.root
+
+    def has_read(self, bad: set[int]) -> bool:
+        """Say whether what this table holds, or what its steps in flight wrote, depends on a bad page."""
+        return any(not bad.isdisjoint(pages) for pages in (*self.pages, self.copied, self.left))
+
+    def first_of(self, bad: set[int]) -> int:
+        """Return the first block that holds a bad page; without one in the table, the first own block."""
+        found = (block for pages in self.pages for block, page in enumerate(pages) if page in bad)
+        return min(found, default=self.num_reused)

@@ -8,7 +8,7 @@ are given back only behind the last step that names them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from slipstream.cache.block_table import BlockTable
 from slipstream.cache.keys import block_key, extend_keys, root_key
@@ -173,9 +173,12 @@ class KvCache:
             table.reset(len(self.groups))
             return None
         self.pool.release(sources, after_step=step_id)
-        copies = self.zeroing(grown)
-        copies += [(source, table.pages[group][len(hit.nodes)]) for group, source in enumerate(sources)]
-        return copies
+        table.copied = sources
+        table.left = []
+        copies = [(source, table.pages[group][len(hit.nodes)]) for group, source in enumerate(sources)]
+        # A copy overwrites the whole page; zeroing it too would be two writes of one step, in no order.
+        self.pool.take_tainted(page for _, page in copies)
+        return copies + self.zeroing(grown)
 
     def zeroing(self, grown: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """Return the copies that zero those of the new pages whose last content may be NaN."""
@@ -263,23 +266,39 @@ class KvCache:
             first_live = table.first_live[group]
             if first_seen > first_live:
                 held = table.pages[group]
-                self.pool.release(held[first_live:first_seen], after_step=after_step)
+                self._give_back(table, held[first_live:first_seen], after_step=after_step)
                 held[first_live:first_seen] = [NULL_PAGE] * (first_seen - first_live)
                 table.first_live[group] = first_seen
 
     def release(self, table: BlockTable, *, after_step: int) -> None:
         """Give back every page of a table, last blocks first, so that shared starts are evicted last."""
         for pages, first in zip(table.pages, table.first_live, strict=True):
-            self.pool.release(reversed(pages[first:]), after_step=after_step)
+            self._give_back(table, pages[first:][::-1], after_step=after_step)
         table.reset(len(self.groups))
 
-    def condemn(self, table: BlockTable) -> set[int]:
-        """Withdraw and taint the pages that this sequence wrote itself; returns them."""
-        bad = {page for pages in table.pages for page in pages[table.num_reused :]}
-        for key in table.keys[table.num_reused :]:
+    def _give_back(self, table: BlockTable, pages: list[int], *, after_step: int) -> None:
+        if table.left_step <= self.pool.last_retired:
+            table.left = []
+        table.left += pages
+        table.left_step = after_step
+        self.pool.release(pages, after_step=after_step)
+
+    def condemn(self, table: BlockTable, bad: set[int] | None = None) -> set[int]:
+        """Withdraw and taint what a sequence wrote itself, or what it holds from its first `bad` page on.
+
+        Returns the pages. Of a table that steps in flight outlive, the pages it shared go too: they cost
+        others a recomputation.
+        """
+        first = table.num_reused if bad is None else table.first_of(bad)
+        pages = {page for held in table.pages for page in held[first:]}.union(table.left)
+        for key in table.keys[first:]:
             node = self._index.get(key)
-            bad.update(node.pages if node else ())
-        bad.discard(NULL_PAGE)
+            pages.update(node.pages if node else ())
+        return self.condemn_pages(pages)
+
+    def condemn_pages(self, pages: Iterable[int]) -> set[int]:
+        """Withdraw and taint pages with bad content; returns them, the null page left out."""
+        bad = set(pages) - {NULL_PAGE}
         self._index.withdraw(sorted(bad), self.pool)
         for page in bad:
             self.pool.taint(page)

@@ -47,6 +47,11 @@ class PagePool:
         """References that fall when outstanding steps retire: an upper bound of the pages they free."""
         return self._num_retiring
 
+    @property
+    def last_retired(self) -> int:
+        """The latest step known to touch no page any more."""
+        return self._last_retired
+
     def references(self, page: int) -> int:
         return self._references[page]
 

@@ -145,8 +145,7 @@ class FakeRunner:
             assert number in spans and row.num_computed == len(row.slots), "sampled before its last token ran"
             is_end = self.ends.get(row.key) == row.num_output
             token = EOS if is_end else sampled_token(row.history, row.init.seed, row.init.sample_idx)
-            if number not in step.errors:
-                step.tokens[number] = [token]
+            step.tokens[number] = [] if number in step.errors else [token]
             row.push(token)
 
     def collect(self, step: Step) -> StepResult:

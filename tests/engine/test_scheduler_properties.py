@@ -58,7 +58,7 @@ SETUPS = {
 class Traffic:
     """Random requests over a few prefixes, submitted and aborted between steps."""
 
-    def __init__(self, setup: Setup, seed: int) -> None:
+    def __init__(self, setup: Setup, seed: int, *, nan_rate: float = 0.0) -> None:
         rng = self.rng = random.Random(seed)
         max_num_tokens = rng.choice([13, 21, 64])
         longest = MAX_PROMPT + MAX_TOKENS
@@ -79,6 +79,7 @@ class Traffic:
         )
         self.prefixes = [self._tokens(rng.randrange(1, 50)) for _ in range(3)]
         self.num_submitted = 0
+        self.nan_rate = nan_rate
 
     def _tokens(self, count: int) -> list[int]:
         # Two tokens only: blocks then often share a start, which is what partial reuse feeds on.
@@ -87,9 +88,12 @@ class Traffic:
     def submit(self) -> None:
         rng = self.rng
         prompt = list(rng.choice(self.prefixes))
+        name = f"r{self.num_submitted}"
         prompt = (prompt + self._tokens(rng.randrange(0, 20)))[: rng.choice([MAX_PROMPT, 16, 24])]
+        if rng.random() < self.nan_rate:
+            self.replica.runner.nan_at[name, 0] = rng.randrange(len(prompt) + 8)
         self.replica.submit(
-            f"r{self.num_submitted}",
+            name,
             prompt,
             rng.randrange(1, MAX_TOKENS + 1),
             n=rng.choice([1, 1, 1, 4]),
