@@ -27,9 +27,9 @@ from slipstream.core.errors import CheckpointError
 # Generous for real models (a vocabulary of 256k with scores and merges is 20 MB), small enough that a hostile
 # file is refused within a second.
 _MAX_HEADER_BYTES = 2**28
-_MAX_STRINGS = 2**21
-_MAX_KEYS = 2**16
-_MAX_TENSORS = 2**17
+_MAX_STRINGS = 2**20
+_MAX_KEYS = 2**14
+_MAX_TENSORS = 2**16
 _MAX_DIMS = 4
 _MAX_ALIGNMENT = 2**20
 

@@ -1,4 +1,7 @@
-"""The header parser agrees with the `gguf` package on good files and refuses bad ones quickly and by name."""
+"""The header parser agrees with the `gguf` package on good files and refuses bad ones quickly and by name.
+
+Seconds are CPU time, so that a busy machine does not fail a test; what blocks meets the suite's timeout.
+"""
 
 from __future__ import annotations
 
@@ -98,9 +101,9 @@ def test_a_real_model_agrees_with_the_oracle(smollm2_path: Path, smollm2_oracle:
 
 
 def test_a_large_vocabulary_opens_without_touching_the_weights(gemma3_path: Path) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     header = read_gguf_header(WeightFile(gemma3_path))
-    assert time.monotonic() - start < 2.0  # a hang, not a speed: it takes 0.2 s
+    assert time.process_time() - start < 2.0  # a hang, not a speed: it takes 0.2 s
     assert len(header.metadata["tokenizer.ggml.tokens"]) == 262144
     assert header.metadata["tokenizer.ggml.scores"].dtype == np.float32
     assert header.metadata["tokenizer.ggml.scores"].shape == (262144,)
@@ -209,11 +212,11 @@ def test_a_hostile_header_is_refused_by_name_fast_and_small(case: str, tmp_path:
     path = tmp_path / "bad.gguf"
     path.write_bytes(raw.to_bytes())
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.process_time()
     try:
         with pytest.raises(CheckpointError, match=said) as caught:
             read_gguf_header(WeightFile(path))
-        seconds, peak = time.monotonic() - start, tracemalloc.get_traced_memory()[1]
+        seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert "bad.gguf" in str(caught.value)
@@ -247,10 +250,10 @@ def test_millions_of_strings_are_refused_within_a_second(tmp_path: Path) -> None
     count = 3 * 2**20
     path = tmp_path / "x.gguf"
     path.write_bytes(fields(field("a", ARRAY, array(STRING, count, bytes(8 * count)))).to_bytes())
-    start = time.monotonic()
-    with pytest.raises(CheckpointError, match="'a' brings the metadata to more than 2097152 strings"):
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="'a' brings the metadata to more than 1048576 strings"):
         read_gguf_header(WeightFile(path))
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize("what", ["fields", "tensors"])
@@ -260,10 +263,10 @@ def test_endless_entries_are_refused_before_they_are_parsed(what: str, tmp_path:
     path.write_bytes(RawGguf(**counts).to_bytes())
     with path.open("r+b") as file:
         file.truncate(2**32)  # sparse: the counts would fit
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="count is 16777216; at most"):
         read_gguf_header(WeightFile(path))
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_a_header_of_gigabytes_is_not_read(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Whatever the bytes, JSON ends in a dict or in an error that names the file."""
+"""Whatever the bytes, JSON ends in a dict or in an error that names the file.
+
+Seconds are CPU time, so that a busy machine does not fail a test.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +26,28 @@ from slipstream.core.errors import CheckpointError
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
         (b"[" * 200_000, "nested too deeply"),
-        (b'{"a": [' + b"[]," * 2**22 + b"1]}", "more than"),
+        (b'{"a": [' + b"[]," * 2**20 + b"1]}", "more than 2097152"),
+        (b'{"a": [' + b"0," * 2**22 + b"1]}", "more than 2097152"),
     ],
-    ids=["empty", "cut", "trailing", "utf-8", "list", "null", "long-int", "objects", "lists", "many"],
+    ids=[
+        "empty",
+        "cut",
+        "trailing",
+        "utf-8",
+        "list",
+        "null",
+        "long-int",
+        "objects",
+        "lists",
+        "many-lists",
+        "many-numbers",
+    ],
 )
 def test_bad_json_is_refused_quickly(data: bytes, said: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=f"some/config.json: .*{said}"):
         parse_json_object(data, label="some/config.json")
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_repeated_keys_are_refused_where_they_matter() -> None:
@@ -43,10 +59,10 @@ def test_repeated_keys_are_refused_where_they_matter() -> None:
 
 def test_a_late_repetition_among_many_keys_is_found_quickly() -> None:
     keys = ",".join(f'"{index}": 0' for index in range(100_000))
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="'99999' appears twice"):
         parse_json_object(f'{{{keys}, "99999": 0}}'.encode(), label="x", unique_keys=True)
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_size_is_checked_before_reading(tmp_path: Path) -> None:

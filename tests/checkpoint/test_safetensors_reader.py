@@ -1,4 +1,7 @@
-"""Our reader agrees with the safetensors library on good files and refuses bad ones quickly and by name."""
+"""Our reader agrees with the safetensors library on good files and refuses bad ones quickly and by name.
+
+Seconds are CPU time, so that a busy machine does not fail a test; what blocks meets the suite's timeout.
+"""
 
 from __future__ import annotations
 
@@ -141,10 +144,10 @@ HOSTILE: dict[str, tuple[Any, int, str]] = {
 def test_a_hostile_header_is_refused_by_name_and_fast(case: str, tmp_path: Path) -> None:
     header, num_bytes, said = HOSTILE[case]
     path = write(tmp_path / "bad.safetensors", header, bytes(num_bytes))
-    before, start = len(os.listdir("/proc/self/fd")), time.monotonic()
+    before, start = len(os.listdir("/proc/self/fd")), time.process_time()
     with pytest.raises(CheckpointError, match=said) as caught:
         SafetensorsFile(path)
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert "bad.safetensors" in str(caught.value) and len(str(caught.value)) < 1000
     assert len(os.listdir("/proc/self/fd")) == before
 
