@@ -22,6 +22,9 @@ from slipstream.core.plan import RequestInit, Span, StepPlan, StepResult
 from slipstream.core.request import Request
 from slipstream.engine.sequence import Sequence, State
 
+# Requests that may be parked per row: a plan looks at no more of the queue, however many share a prefix.
+MAX_PARKED_PER_ROW = 4
+
 
 @dataclasses.dataclass(slots=True)
 class SchedulerStats:
@@ -55,6 +58,7 @@ class Scheduler:
         self.cache = cache
         self.stats = SchedulerStats()
         self._max_num_tokens = max_num_tokens
+        self._max_parked = MAX_PARKED_PER_ROW * max_batch_size
         self._enable_chunked_prefill = enable_chunked_prefill
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._waiting: list[tuple[int, Sequence]] = []
@@ -271,14 +275,16 @@ class Scheduler:
     def _publish(self, sequence: Sequence, step_id: int) -> None:
         """Key what the plan completes, and wake those who waited for it.
 
-        Waiters on a full block may match it in this very plan; a tail is copied, and a copy runs ahead of the
-        forward of its own step, so its waiters come back in the next plan.
+        Waiters on a full block may match it in this very plan. The last block of a prompt, full or not, is
+        copied, and a copy runs ahead of the forward of its own step: its waiters come back in the next plan.
         """
         keys = self.cache.publish(sequence.table, sequence.tokens, sequence.num_scheduled, step_id=step_id)
         kept = sequence.promised[: len(keys)]
         del sequence.promised[: len(keys)]
         if sequence.num_scheduled == sequence.prefill_end:
             self.cache.publish_tail(sequence.table, sequence.tokens, step_id=step_id)
+            if kept and not sequence.promised and self.cache.enable_partial_reuse:
+                sequence.promised = [kept.pop()]
             self._tail_keys += sequence.promised
             sequence.promised = []
         for waiter in self._promises.end(kept):
@@ -289,6 +295,8 @@ class Scheduler:
     def _plan_admissions(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], budget: int) -> int:
         """Admit in arrival order until tokens, rows or pages run out; returns the tokens left."""
         while budget > 0 and self._free_rows and self._waiting:
+            if self._promises.num_parked >= self._max_parked:
+                break
             sequence = self._waiting[0][1]
             if sequence.state is not State.WAITING:
                 heapq.heappop(self._waiting)
