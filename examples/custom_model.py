@@ -41,8 +41,7 @@ class Block(torch.nn.Module):
         self.mlp = GatedMLP(build, size, 4 * size)
 
     def forward(self, x, batch):
-        normed = self.norm(x)
-        return x + self.attention(normed, batch) + self.mlp(normed)
+        return x + self.attention(normed := self.norm(x), batch) + self.mlp(normed)
 
 
 class Decoder(torch.nn.Module):
