@@ -10,8 +10,8 @@ class BlockTable:
     counts the tokens that the pages can hold. `keys` are the keys of the full blocks of the known tokens,
     `num_published` how many of them other requests can find. `first_live[g]` is the first block not given
     back. `num_reused` blocks came from the index and belong to others too; `copied` are the pages whose
-    content was copied in. `left` are the pages given back while a step up to `left_step` may still use them.
-    The last four outlive `reset`, so that a step in flight can still be found to have read a bad page.
+    content was copied in. `left` are (last step that uses them, pages given back) of steps in flight. The
+    last three outlive `reset`, so that a step in flight can still be found to have read a bad page.
     """
 
     __slots__ = (
@@ -20,7 +20,6 @@ class BlockTable:
         "first_live",
         "keys",
         "left",
-        "left_step",
         "num_published",
         "num_reused",
         "pages",
@@ -33,8 +32,7 @@ class BlockTable:
         self.keys: list[bytes] = []
         self.num_reused = 0
         self.copied: list[int] = []
-        self.left: list[int] = []
-        self.left_step = -1
+        self.left: list[tuple[int, list[int]]] = []
         self.reset(num_groups)
 
     def reset(self, num_groups: int) -> None:
@@ -50,7 +48,8 @@ class BlockTable:
 
     def has_read(self, bad: set[int]) -> bool:
         """Say whether what this table holds, or what its steps in flight wrote, depends on a bad page."""
-        return any(not bad.isdisjoint(pages) for pages in (*self.pages, self.copied, self.left))
+        left = (pages for _, pages in self.left)
+        return any(not bad.isdisjoint(pages) for pages in (*self.pages, self.copied, *left))
 
     def first_of(self, bad: set[int]) -> int:
         """Return the first block that holds a bad page; without one in the table, the first own block."""

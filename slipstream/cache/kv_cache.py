@@ -277,10 +277,8 @@ class KvCache:
         table.reset(len(self.groups))
 
     def _give_back(self, table: BlockTable, pages: list[int], *, after_step: int) -> None:
-        if table.left_step <= self.pool.last_retired:
-            table.left = []
-        table.left += pages
-        table.left_step = after_step
+        table.left = [entry for entry in table.left if entry[0] > self.pool.last_retired]
+        table.left.append((after_step, pages))
         self.pool.release(pages, after_step=after_step)
 
     def condemn(self, table: BlockTable, bad: set[int] | None = None) -> set[int]:
@@ -290,7 +288,8 @@ class KvCache:
         others a recomputation.
         """
         first = table.num_reused if bad is None else table.first_of(bad)
-        pages = {page for held in table.pages for page in held[first:]}.union(table.left)
+        pages = {page for held in table.pages for page in held[first:]}
+        pages.update(page for _, given_back in table.left for page in given_back)
         for key in table.keys[first:]:
             node = self._index.get(key)
             pages.update(node.pages if node else ())
