@@ -70,7 +70,11 @@ class LLM:
     def tokenizer(self) -> Tokenizer:
         tokenizer = self._assembly.tokenizer
         if tokenizer is None:
-            raise ConfigError("This LLM was started with skip_tokenizer_init=True and has no tokenizer.")
+            raise ConfigError(
+                "This LLM has no tokenizer: it was started with skip_tokenizer_init=True, or with "
+                "load_format='dummy' from a folder without one. Give token ids as prompts, or name a folder "
+                "with tokenizer=..."
+            )
         return tokenizer
 
     @property
@@ -233,8 +237,7 @@ class LLM:
         )
         if request.stop and self._assembly.tokenizer is None:
             raise RequestError(
-                "stop strings need a tokenizer, and this LLM was started with skip_tokenizer_init=True; use "
-                "stop_token_ids.",
+                "stop strings need a tokenizer, and this LLM has none; use stop_token_ids.",
                 param="stop",
             )
         return request

@@ -4,7 +4,8 @@ Each quantised type packs a fixed number of elements into a block of bytes: scal
 minima, and small integers split over low and high bits. Decoding runs a few vectorised passes over tiles that
 stay in the CPU's cache, in float32 and in the order (scale * q) + minimum, each step rounded.
 
-Source: the block structures of ggml (`ggml-common.h`) as named in the GGUF specification's type list.
+Sources: the block structures of ggml (`ggml-common.h`) as named in the GGUF specification's type list; OCP
+Microscaling Formats, version 1.0 (MXFP4).
 """
 
 from __future__ import annotations
@@ -148,6 +149,66 @@ def _unpack_q6_k(blocks: np.ndarray, out: np.ndarray) -> None:
     groups *= scales[:, :, None]
 
 
+def _unpack_q2_k(blocks: np.ndarray, out: np.ndarray) -> None:
+    packed = blocks[:, 16:80].reshape(-1, 2, 32)
+    quarters = out.reshape(-1, 2, 4, 32)
+    for quarter in range(4):
+        quarters[:, :, quarter] = packed >> 2 * quarter & 3
+    groups = out.reshape(-1, 16, 16)
+    groups *= (_half(blocks, 80) * (blocks[:, :16] & 15))[:, :, None]
+    groups -= (_half(blocks, 82) * (blocks[:, :16] >> 4))[:, :, None]
+
+
+def _unpack_q3_k(blocks: np.ndarray, out: np.ndarray) -> None:
+    # An element is its two low bits, less 4 where its bit of the mask is clear.
+    mask, packed = blocks[:, :32], blocks[:, 32:96].reshape(-1, 2, 32)
+    eighths = out.reshape(-1, 8, 32)
+    for eighth in range(8):
+        low = packed[:, eighth // 4] >> 2 * (eighth % 4) & 3
+        eighths[:, eighth] = (low | (mask >> eighth & 1) << 2).view(np.int8) - np.int8(4)
+    # 16 scales of 6 bits: nibbles in bytes 96..103, their two top bits by fours in bytes 104..107.
+    nibbles, tops = blocks[:, 96:104], blocks[:, 104:108]
+    low = np.concatenate([nibbles & 15, nibbles >> 4], axis=1)
+    high = np.concatenate([tops >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
+    scales = _half(blocks, 108) * ((low | high << 4).view(np.int8) - np.int8(32))
+    groups = out.reshape(-1, 16, 16)
+    groups *= scales[:, :, None]
+
+
+# The 16 values of a non-linear nibble, and the doubled values of a 4-bit float (E2M1).
+_NON_LINEAR = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32
+)
+_E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=np.float32)
+
+
+def _look_up(table: np.ndarray, packed: np.ndarray, out: np.ndarray) -> None:
+    """Write `table` at the low nibbles of `packed` [..., 16], then at the high ones, to out [..., 32]."""
+    out[..., :16] = table[packed & 15]
+    out[..., 16:] = table[packed >> 4]
+
+
+def _unpack_iq4_nl(blocks: np.ndarray, out: np.ndarray) -> None:
+    _look_up(_NON_LINEAR, blocks[:, 2:], out)
+    out *= _half(blocks, 0)
+
+
+def _unpack_iq4_xs(blocks: np.ndarray, out: np.ndarray) -> None:
+    groups = out.reshape(-1, 8, 32)
+    _look_up(_NON_LINEAR, blocks[:, 8:].reshape(-1, 8, 16), groups)
+    # 8 scales of 6 bits: nibbles in bytes 4..7, top bits two by two in bytes 2..3, both low bits first.
+    eighth = np.arange(8, dtype=np.uint8)
+    low = blocks[:, 4 + eighth // 2] >> 4 * (eighth % 2) & 15
+    high = blocks[:, 2 + eighth // 4] >> 2 * (eighth % 4) & 3
+    groups *= (_half(blocks, 0) * ((low | high << 4).view(np.int8) - np.int8(32)))[:, :, None]
+
+
+def _unpack_mxfp4(blocks: np.ndarray, out: np.ndarray) -> None:
+    _look_up(_E2M1_TWICE, blocks[:, 1:], out)
+    # Half of 2^(e - 127), since the table is doubled; the two smallest are subnormal.
+    out *= np.ldexp(np.float32(1.0), blocks[:, :1].astype(np.int32) - 128)
+
+
 # By the number that a GGUF file stores.
 BLOCK_TYPES: dict[int, BlockType] = {
     0: BlockType("F32", 1, 4, dtype=torch.float32),
@@ -157,24 +218,20 @@ BLOCK_TYPES: dict[int, BlockType] = {
     6: BlockType("Q5_0", 32, 22, unpack=_unpack_q5_0),
     7: BlockType("Q5_1", 32, 24, unpack=_unpack_q5_1),
     8: BlockType("Q8_0", 32, 34, unpack=_unpack_q8_0),
+    10: BlockType("Q2_K", 256, 84, unpack=_unpack_q2_k),
+    11: BlockType("Q3_K", 256, 110, unpack=_unpack_q3_k),
     12: BlockType("Q4_K", 256, 144, unpack=_unpack_q4_k),
     13: BlockType("Q5_K", 256, 176, unpack=_unpack_q5_k),
     14: BlockType("Q6_K", 256, 210, unpack=_unpack_q6_k),
+    20: BlockType("IQ4_NL", 32, 18, unpack=_unpack_iq4_nl),
+    23: BlockType("IQ4_XS", 256, 136, unpack=_unpack_iq4_xs),
     30: BlockType("BF16", 1, 2, dtype=torch.bfloat16),
+    39: BlockType("MXFP4", 32, 17, unpack=_unpack_mxfp4),
 }
 
 # Types that exist and are not read yet, so that the message can name them.
 UNREAD_TYPES: dict[int, str] = {
-    **{
-        9: "Q8_1",
-        10: "Q2_K",
-        11: "Q3_K",
-        15: "Q8_K",
-        16: "IQ2_XXS",
-        17: "IQ2_XS",
-        18: "IQ3_XXS",
-        19: "IQ1_S",
-    },
-    **{20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64"},
-    **{28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
+    **{9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S"},
+    **{22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0"},
+    **{35: "TQ2_0", 40: "NVFP4", 41: "Q1_0"},
 }

@@ -11,7 +11,8 @@ from pathlib import Path
 from slipstream.core.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_ALLOWED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+_TEXT = ["*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt"]
+_WEIGHTS = ["*.safetensors"]
 # Sub-folders hold other formats of the same weights; consolidated files repeat them under other names.
 _IGNORED = ["*/*", "consolidated*"]
 
@@ -20,14 +21,15 @@ def is_hub_id(model: str) -> bool:
     return _HUB_ID.fullmatch(model) is not None
 
 
-def download(model: str, *, revision: str | None) -> Path:
+def download(model: str, *, revision: str | None, with_weights: bool = True) -> Path:
     """Return the local folder of `org/name`, downloading what is missing. Blocks; raises CheckpointError."""
+    allowed = _TEXT + _WEIGHTS if with_weights else _TEXT
     import huggingface_hub
 
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED
+                model, revision=revision, allow_patterns=allowed, ignore_patterns=_IGNORED
             )
         )
     except Exception as error:

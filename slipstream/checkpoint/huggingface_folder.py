@@ -30,9 +30,8 @@ class HuggingFaceFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config = self._read_config("config.json")
-        has_defaults = _has(self.path, "generation_config.json")
-        self.generation_config = self._read_config("generation_config.json") if has_defaults else {}
+        self.config = read_folder_json(self.path, "config.json")
+        self.generation_config = read_defaults(self.path)
         index = self._read_index()
         names = list(dict.fromkeys(index.values())) if index else [_single_name(self.path)]
         self._shards: dict[str, SafetensorsFile] = {}
@@ -56,10 +55,6 @@ class HuggingFaceFolder:
     def close(self) -> None:
         for shard in self._shards.values():
             shard.close()
-
-    def _read_config(self, name: str) -> dict[str, Any]:
-        path = resolve_member(self.path, name)
-        return read_json_object(path, max_bytes=MAX_CONFIG_BYTES, label=self.path / name)
 
     def _read_index(self) -> dict[str, str]:
         """Return tensor name -> shard name, or {} where the model is one file."""
@@ -92,6 +87,18 @@ class HuggingFaceFolder:
                 raise damaged(
                     self.path / _INDEX, f"tensor {shown(tensor)} should be in {shard} and is in {found}"
                 )
+
+
+def read_folder_json(folder: Path, name: str) -> dict[str, Any]:
+    """Return the JSON object in a configuration file of `folder`."""
+    path = resolve_member(folder, name)
+    return read_json_object(path, max_bytes=MAX_CONFIG_BYTES, label=folder / name)
+
+
+def read_defaults(folder: Path) -> dict[str, Any]:
+    """Return `generation_config.json`, or {} where the folder has none."""
+    name = "generation_config.json"
+    return read_folder_json(folder, name) if _has(folder, name) else {}
 
 
 def _has(folder: Path, name: str) -> bool:

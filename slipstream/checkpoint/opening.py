@@ -11,6 +11,7 @@ from pathlib import Path
 
 from slipstream.checkpoint import hub
 from slipstream.checkpoint.base import Checkpoint
+from slipstream.checkpoint.dummy import DummyCheckpoint
 from slipstream.checkpoint.gguf import GgufCheckpoint
 from slipstream.checkpoint.huggingface_folder import PICKLE_SUFFIXES, HuggingFaceFolder
 from slipstream.checkpoint.weight_file import shown
@@ -28,7 +29,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a .gguf file, a folder with config.json and safetensors, a folder with one .gguf, or a hub id.
 
-    `load_format="auto"` takes what is there, safetensors before GGUF; "safetensors" and "gguf" insist.
+    `load_format="auto"` takes what is there, safetensors before GGUF; "safetensors" and "gguf" insist, and
+    "dummy" reads the config.json of a folder or hub id alone, for random weights.
     `revision` is for hub ids. Every header is checked before this returns; weights are read later, by rows.
     Raises CheckpointError for the files, ConfigError for the arguments.
     """
@@ -55,10 +57,6 @@ def _check_options(model: str | Path, load_format: str, *, trust_remote_code: bo
         raise ConfigError(
             f"load_format={load_format!r} is unknown; allowed: {', '.join(LOAD_FORMATS)}."
             f"{nearest(str(load_format), LOAD_FORMATS)}"
-        )
-    if load_format == "dummy":
-        raise UnsupportedError(
-            "load_format='dummy' (random weights) is not served yet; use 'auto', 'safetensors' or 'gguf'."
         )
     if trust_remote_code:
         raise UnsupportedError(
@@ -102,11 +100,19 @@ def _open_hub(model: str, *, load_format: str, revision: str | None) -> Checkpoi
             f"load_format='gguf' with the hub id {model!r}: a repository may hold many GGUF files. Download "
             "one and give its path."
         )
+    if load_format == "dummy":
+        return DummyCheckpoint(hub.download(model, revision=revision, with_weights=False))
     return HuggingFaceFolder(hub.download(model, revision=revision))
 
 
 def _open_file(path: Path, *, load_format: str) -> Checkpoint:
     suffix = path.suffix.lower()
+    if load_format == "dummy":
+        raise UnsupportedError(
+            f"load_format='dummy' with the file {path}: random weights are made from a config.json, which a "
+            "GGUF or safetensors file is not. Give a folder that holds one, or load the file with "
+            "load_format='auto'."
+        )
     if suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{path}: {suffix} files run code when opened, so they are not read. Convert the model to "
@@ -124,6 +130,8 @@ def _open_file(path: Path, *, load_format: str) -> Checkpoint:
 
 
 def _open_folder(path: Path, *, load_format: str) -> Checkpoint:
+    if load_format == "dummy":
+        return DummyCheckpoint(path)
     try:
         names = sorted(os.listdir(path))
     except OSError as error:

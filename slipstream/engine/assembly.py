@@ -21,6 +21,7 @@ from slipstream.attention.registry import choose_backend
 from slipstream.cache.groups import resolve as resolve_groups
 from slipstream.cache.kv_cache import KvCache
 from slipstream.checkpoint.base import Checkpoint
+from slipstream.checkpoint.dummy import DummyCheckpoint
 from slipstream.checkpoint.opening import open_checkpoint
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import OutOfMemoryError
@@ -206,6 +207,8 @@ def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer |
         return load_tokenizer_folder(Path(config.tokenizer))
     if checkpoint.format == "gguf":
         return load_tokenizer_gguf(checkpoint.config)
+    if isinstance(checkpoint, DummyCheckpoint) and not checkpoint.has_tokenizer():
+        return None
     return load_tokenizer_folder(checkpoint.path)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 from torch import nn
 
 from slipstream.checkpoint.base import Checkpoint, WeightTensor
+from slipstream.checkpoint.dummy import DummyCheckpoint
 from slipstream.core.errors import CheckpointError
 from slipstream.layers.linear import Linear
+from slipstream.models.random_weights import fill_random
 from slipstream.models.weight_map import Place
 
 # Called with (bytes placed so far, bytes in all).
@@ -25,11 +27,15 @@ MAX_LISTED = 40
 def load_weights(model: Any, checkpoint: Checkpoint, *, progress: Progress | None = None) -> None:
     """Fill `model` from `checkpoint`; peak memory is the parameters plus a few chunks of 8 MB.
 
-    Raises CheckpointError listing every missing, unexpected, duplicate and misshapen tensor, before it reads
-    any; or naming the tensor whose norm, bias or scales are not finite.
+    A checkpoint without weights (`load_format="dummy"`) fills it with random ones. Raises CheckpointError
+    listing every missing, unexpected, duplicate and misshapen tensor, before it reads any; or naming the
+    tensor whose norm, bias or scales are not finite.
     """
     places: Mapping[str, Place] = model.weight_map(checkpoint.format)
     check_coverage(model, places)
+    if isinstance(checkpoint, DummyCheckpoint):
+        fill_random(model, progress=progress)
+        return
     tensors = list(checkpoint.tensors())
     problems = find_problems(places, tensors)
     if problems:

@@ -195,7 +195,10 @@ HOSTILE: dict[str, tuple[RawGguf, str]] = {
     "product overflows": (tensors(tensor("t", (2**63 - 1, 2**63 - 1))), "tensor 't' has dimensions"),
     "row not whole blocks": (tensors(tensor("t", (33, 2), kind=2)), "'t' has rows of 33.*multiples of 32"),
     "row not whole superblocks": (tensors(tensor("t", (32,), kind=12)), "Q4_K needs multiples of 256"),
-    "unread type": (tensors(tensor("t", (256,), kind=10)), "'t' has the type Q2_K, .*supported: F32, .*Q6_K"),
+    "unread type": (
+        tensors(tensor("t", (256,), kind=16)),
+        "'t' has the type IQ2_XXS, .*supported: F32, .*Q6_K",
+    ),
     "unknown type": (tensors(tensor("t", (256,), kind=77)), "'t' has the type number 77"),
     "past the end": (tensors(tensor("t", (17,))), "tensor 't' ends at byte"),
     "offset past the end": (tensors(tensor("t", (4,), offset=2**40)), "tensor 't' ends at byte"),

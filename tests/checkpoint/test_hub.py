@@ -36,7 +36,8 @@ def test_only_configuration_tokenizer_and_safetensors_are_fetched(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert hub.download("org/name", revision="v1") == tmp_path
-    (call,) = calls
+    hub.download("org/name", revision="v1", with_weights=False)
+    call, without_weights = calls
     assert call["repo_id"] == "org/name" and call["revision"] == "v1"
     wanted = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "tokenizer.json"]
     wanted += [
@@ -64,6 +65,8 @@ def test_only_configuration_tokenizer_and_safetensors_are_fetched(
         wanted + unwanted, allow_patterns=call["allow_patterns"], ignore_patterns=call["ignore_patterns"]
     )
     assert list(kept) == wanted
+    kept = filter_repo_objects(wanted + unwanted, allow_patterns=without_weights["allow_patterns"])
+    assert list(kept) == [name for name in wanted if not name.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize(

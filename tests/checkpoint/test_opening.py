@@ -73,17 +73,14 @@ def test_trust_is_refused_before_anything_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize(
-    ("load_format", "error", "said"),
+    ("load_format", "said"),
     [
-        ("dummy", UnsupportedError, "'dummy'.*use 'auto', 'safetensors' or 'gguf'"),
-        ("safetensor", ConfigError, "allowed: auto, safetensors, gguf, dummy. Did you mean 'safetensors'"),
-        (None, ConfigError, "load_format=None is unknown"),
+        ("safetensor", "allowed: auto, safetensors, gguf, dummy. Did you mean 'safetensors'"),
+        (None, "load_format=None is unknown"),
     ],
 )
-def test_load_formats_are_a_closed_set(
-    load_format: Any, error: type[Exception], said: str, folder: Path
-) -> None:
-    with pytest.raises(error, match=said):
+def test_load_formats_are_a_closed_set(load_format: Any, said: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
         open_checkpoint(folder, load_format=load_format)
 
 
