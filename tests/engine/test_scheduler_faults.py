@@ -106,12 +106,13 @@ def test_a_page_is_not_zeroed_and_copied_onto_in_one_step() -> None:
     replica.check_outputs()
 
 
-def test_error_of_a_preempted_row_in_flight_cleans_its_pages() -> None:
+@pytest.mark.parametrize("reuse", [True, False])
+def test_error_of_a_preempted_row_in_flight_cleans_its_pages(reuse: bool) -> None:
     """The victim's step was launched before it left; its pages are no longer in its table when NaN shows."""
-    replica = Replica(full(), num_pages=6, block_tokens=8, depth=2)
+    replica = Replica(full(), num_pages=6, block_tokens=8, depth=2, enable_block_reuse=reuse)
     replica.submit("old", [5] * 15, 20)
     replica.submit("young", [6] * 15, 20)
-    replica.runner.nan_at["young", 0] = 16
+    replica.runner.nan_at["young", 0] = 15
     replica.run(until=lambda: replica.scheduler.stats.num_preemptions > 0)
     replica.run()
     replica.submit("next", [7] * 30, 8)
