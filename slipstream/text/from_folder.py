@@ -1,9 +1,9 @@
 """Which tokenizer do the files of a model folder describe?
 
-`tokenizer.json` is the model; `tokenizer_config.json` and `special_tokens_map.json` name its special tokens
-and may overrule how BOS and EOS are put around a text. Where they do, transformers' rule holds: a file that
-mentions `add_bos_token` or `add_eos_token`, or a tokenizer without a post-processor, gets a frame built from
-the two flags; otherwise the post-processor of `tokenizer.json` decides. No code of the folder is ever run.
+`tokenizer.json` is the tokenizer, its post-processor alone decides about BOS and EOS around a text;
+`tokenizer_config.json` and `special_tokens_map.json` name special tokens and may overrule the flags of added
+ones. `add_bos_token` and `add_eos_token` are for tokenizers built from other files and have no say here, as
+in transformers 5. No code of the folder is ever run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from slipstream.core.errors import CheckpointError
@@ -67,7 +67,6 @@ def load_tokenizer_folder(path: str | Path) -> Tokenizer:
     add_listed_tokens(backend, settings)
     named = {name: text for name in TOKEN_NAMES if (text := token_text(settings.get(name))) is not None}
     flag_special(backend, [*named.values(), *extra_tokens(settings)])
-    frame(backend, settings, named)
     eos = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
     known_ends = [] if eos is None else [eos]
     return FastTokenizer(
@@ -153,19 +152,6 @@ def flag_special(backend: Backend, texts: list[str]) -> None:
     held = [text for text in dict.fromkeys(texts) if backend.token_to_id(text) is not None]
     missing = [text for text in held if text not in special]
     add_tokens(backend, [AddedToken(text, special=True, normalized=False) for text in missing])
-
-
-def frame(backend: Backend, settings: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Put BOS and EOS around a text as the two flags say, where they are to decide (see the module)."""
-    flags = ("add_bos_token", "add_eos_token")
-    if backend.post_processor is not None and not any(name in settings for name in flags):
-        return
-    texts = [named.get(flag.removeprefix("add_"), "") if settings.get(flag) else "" for flag in flags]
-    bos, eos = ([text] if backend.token_to_id(text) is not None else [] for text in texts)
-    backend.post_processor = processors.TemplateProcessing(
-        single=[*bos, "$A", *eos],
-        special_tokens=[(text, cast(int, backend.token_to_id(text))) for text in {*bos, *eos}],
-    )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
