@@ -1,7 +1,7 @@
 """What do these rows need of this step? Worked out on the host once per set of rows, not once per step.
 
 Invariant: a batch reads host knowledge only (parameters), never a token or a length; it is valid until a row
-of the sampler is added or removed, or outgrows `min_tokens`. Index tensors are batch-local (0..R-1) unless
+of the sampler is removed, or outgrows `min_tokens`. Index tensors are batch-local (0..R-1) unless
 named `rows`. Shapes: R rows of the batch, N random rows (ordered by group), P rows with penalties, E sparse
 edits.
 """

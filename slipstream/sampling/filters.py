@@ -7,7 +7,7 @@ depend on its neighbours; the vocabulary-wide passes run over slices of rows to 
 
 Order: temperature, top-k, top-p over the mass that top-k left, min-p relative to the most likely token. This
 is transformers' order. vLLM applies min-p before top-k and top-p, so there the nucleus is of the mass above
-min-p. Ties at the k-th place go to the lower id (both others keep every tied token, more than k).
+min-p. Ties at the k-th place go to the lower id (transformers keeps every tied token, more than k).
 Shapes: N rows of a group, V vocabulary, K candidates in descending order.
 """
 

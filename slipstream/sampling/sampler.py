@@ -59,7 +59,6 @@ class Sampler:
             self._pending[row] = sampling.min_tokens - num_outputs
         self._table.write(row, sampling, seed=seed, sample_idx=sample_idx, position=num_outputs, slot=slot)
         self._params[row] = sampling
-        self._batch = None
 
     def remove(self, row: int) -> None:
         """Forget a row; it may be added again at once."""

@@ -105,7 +105,7 @@ def test_a_flat_distribution_needs_more_than_the_first_candidates():
     case = {"temperature": 1.0, "top_p": 0.7}
     kept = by_formula(x, case)
     assert (kept > 0).sum() > filters.FIRST_CANDIDATES
-    uniform = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    uniform = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
     ids = drawn(x, case, uniform)
     assert (kept[ids] > 0).all()
     # The candidates come in descending order, so the first and the last draw are the ends of the nucleus.

@@ -80,11 +80,11 @@ def test_a_released_slot_forgets():
     slot = table.claim([1, 2, 3], 1)
     table.count(torch.tensor([slot]), torch.tensor([4]))
     table.release(slot)
-    again = table.claim([9], 1)
+    again = table.claim([9, 4], 2)
     assert again == slot
     assert torch.equal(penalised(table, x, [again], presence=5.0, frequency=5.0), x)
     changed = (penalised(table, x, [again], repetition=2.0) != x).nonzero()
-    assert changed.tolist() == [[0, 9]]
+    assert changed.tolist() == [[0, 4], [0, 9]]
 
 
 def test_slots_double_up_to_the_rows_and_keep_their_counts():
