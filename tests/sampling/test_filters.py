@@ -108,8 +108,10 @@ def test_a_flat_distribution_needs_more_than_the_first_candidates():
     uniform = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
     ids = drawn(x, case, uniform)
     assert (kept[ids] > 0).all()
-    # The candidates come in descending order, so the first and the last draw are the ends of the nucleus.
-    assert ids[0] == x.argmax() and x[0, ids[-1]] <= x[0, kept > 0].sort().values[3]
+    # Candidates come in descending order, so the first and the last draw lie at the ends of the nucleus: the
+    # last of 500 grid points is within 1/1000 of the mass, so among the lightest 1% of its tokens.
+    lightest = x[0, kept > 0].sort().values
+    assert ids[0] == x.argmax() and x[0, ids[-1]] <= lightest[len(lightest) // 100]
 
 
 def test_accelerators_order_everything_and_agree(monkeypatch):
