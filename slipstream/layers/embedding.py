@@ -49,25 +49,30 @@ class LMHead(nn.Module):
     """Scores over the vocabulary; shares `tied`'s parameter where that is given."""
 
     def __init__(
-        self, build: BuildContext, vocab_size: int, hidden_size: int, *, tied: VocabEmbedding | None = None
+        self,
+        build: BuildContext,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        tied: VocabEmbedding | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.mesh, self.vocab_size = build.mesh, vocab_size
         self.weight = tied.weight if tied else vocab_parameter(build, vocab_size, hidden_size)
+        self.bias: Parameter | None = vocab_parameter(build, vocab_size) if bias else None
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
         """Return [R, V] float32."""
-        logits_RV = self.mesh.all_gather(linear(hidden_RD, self.weight), -1)
+        logits_RV = self.mesh.all_gather(linear(hidden_RD, self.weight, self.bias), -1)
         return logits_RV[:, : self.vocab_size].float()
 
 
-def vocab_parameter(build: BuildContext, vocab_size: int, hidden_size: int) -> Parameter:
-    """Return this rank's rows of a [vocabulary, hidden] matrix; padding rows are zero."""
+def vocab_parameter(build: BuildContext, vocab_size: int, *row: int) -> Parameter:
+    """Return this rank's rows, each of shape `row`, of a tensor over the vocabulary; padding is zero."""
     rows = -(-vocab_size // build.mesh.tp_size)
     start = min(build.mesh.tp_rank * rows, vocab_size)
     slot = Slot(vocab_size, start, min(rows, vocab_size - start))
-    weight = Parameter.create(
-        (rows, hidden_size), dtype=build.dtype, device=build.device, dim=0, slots={"": slot}
-    )
+    weight = Parameter.create((rows, *row), dtype=build.dtype, device=build.device, dim=0, slots={"": slot})
     weight.data[slot.length :].zero_()
     return weight

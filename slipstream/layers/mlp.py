@@ -1,16 +1,21 @@
-"""What happens to a token between attentions? The gated MLP: down(activation(gate(x)) * up(x))."""
+"""What happens to a token between attentions? A gated MLP, down(activation(gate(x)) * up(x)), or a plain one.
+
+Invariant: the activation is named as in Hugging Face's configurations; an unknown name raises.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
+from torch.nn.functional import gelu, relu, silu
 
-from slipstream.core.errors import ConfigError
+from slipstream.core.errors import ConfigError, nearest
 from slipstream.kernels.gelu_and_mul import gelu_and_mul, gelu_tanh_and_mul
 from slipstream.kernels.silu_and_mul import silu_and_mul
 from slipstream.layers.build_context import BuildContext
-from slipstream.layers.linear import GateUpLinear, RowParallelLinear
+from slipstream.layers.linear import ColumnParallelLinear, GateUpLinear, RowParallelLinear
 
 # Hugging Face's names of activations; each takes gate and up side by side.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -18,6 +23,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": silu_and_mul,
     "gelu": gelu_and_mul,
     "gelu_pytorch_tanh": gelu_tanh_and_mul,
+}
+
+gelu_tanh = functools.partial(gelu, approximate="tanh")
+# For an MLP without a gate.
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": relu,
+    "silu": silu,
 }
 
 
@@ -34,11 +49,39 @@ class GatedMLP(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"Unknown activation {activation!r}; valid: {', '.join(ACTIVATIONS)}.")
+        _check_known(activation, ACTIVATIONS)
         self.activation = ACTIVATIONS[activation]
         self.gate_up = GateUpLinear(build, hidden_size, intermediate_size, bias=bias)
         self.down = RowParallelLinear(build, intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down(self.activation(self.gate_up(x_TD)))
+
+
+class MLP(nn.Module):
+    """Up, activation, down. Raises ConfigError for an activation it does not know."""
+
+    def __init__(
+        self,
+        build: BuildContext,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_known(activation, PLAIN_ACTIVATIONS)
+        self.activation = PLAIN_ACTIVATIONS[activation]
+        self.up = ColumnParallelLinear(build, hidden_size, intermediate_size, bias=bias)
+        self.down = RowParallelLinear(build, intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x_TD)))
+
+
+def _check_known(activation: str, known: Iterable[str]) -> None:
+    if activation not in known:
+        raise ConfigError(
+            f"Unknown activation {activation!r}; valid: {', '.join(known)}.{nearest(activation, known)}"
+        )

@@ -3,7 +3,7 @@
 P positions of the table, F frequencies, H head size, T tokens. Invariant: the table covers every position the
 step's plan allows for; it grows by doubling, by the host's bound alone, so nothing waits for the device.
 Sources: Su et al., RoFormer, arXiv 2104.09864; Chen et al., arXiv 2306.15595 (linear scaling); the Llama 3.1
-reference code (llama3 scaling).
+reference code (llama3 scaling); Peng et al., YaRN, arXiv 2309.00071, sections 3.2 and 3.4.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slipstream.core.batch import ForwardBatch
+from slipstream.core.errors import ConfigError
 from slipstream.kernels.rotary import rotary_table
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.parameter import Parameter
@@ -23,12 +24,21 @@ FIRST_POSITIONS = 1024
 
 
 class Rotary(nn.Module):
-    """One rotary embedding, shared by every layer that turns the same way."""
+    """One rotary embedding, shared by every layer that turns the same way.
+
+    Where only a part of the head turns, the rest has frequency 0. Raises ConfigError for such a part in the
+    layout of halves, whose pairs lie head_dim / 2 apart.
+    """
 
     def __init__(
         self, build: BuildContext, config: RopeConfig, *, head_dim: int, interleaved: bool = False
     ) -> None:
         super().__init__()
+        if config.rotary_dim and not interleaved:
+            raise ConfigError(
+                f"rotary_dim is {config.rotary_dim} of a head of {head_dim}; a part of the head turns only "
+                "in interleaved pairs."
+            )
         self.config, self.interleaved = config, interleaved
         self.device = torch.device(build.device)
         self.head_dim = head_dim
@@ -51,17 +61,24 @@ class Rotary(nn.Module):
         frequencies = inverse_frequencies(self.config, self.head_dim).to(self.device)
         if self.factors is not None:
             frequencies = frequencies / self.factors
-        return rotary_table(torch.outer(positions, frequencies), self.interleaved)
+        table_P2H = rotary_table(torch.outer(positions, frequencies), self.interleaved)
+        factor = self.config.attention_factor
+        return table_P2H if factor == 1.0 else table_P2H.mul_(factor)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     """Return the [F] float32 frequencies, scaled as `config` says (without a checkpoint's factors)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    rotary_dim = config.rotary_dim or head_dim
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     frequencies = 1.0 / (config.theta**exponents)
+    if rotary_dim < head_dim:
+        frequencies = torch.cat((frequencies, torch.zeros((head_dim - rotary_dim) // 2)))
     if config.kind == "linear":
         return frequencies / config.factor
     if config.kind == "llama3":
         return _scale_llama3(frequencies, config)
+    if config.kind == "yarn":
+        return _scale_yarn(frequencies, config, head_dim)
     return frequencies
 
 
@@ -72,3 +89,20 @@ def _scale_llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
     turns = config.original_positions / wavelengths
     smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - smooth) * frequencies / config.factor + smooth * frequencies
+
+
+def _scale_yarn(frequencies: Tensor, config: RopeConfig, head_dim: int) -> Tensor:
+    """Keep the frequencies of many turns, divide those of few by the factor, ramp between them."""
+
+    def index_of(turns: float) -> float:
+        """Return the index, as a real number, of the frequency that turns so often in the original length."""
+        wavelength = config.original_positions / turns
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.theta))
+
+    first, last = index_of(config.beta_fast), index_of(config.beta_slow)
+    if config.is_ramp_whole:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    width = last - first or 1e-3
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - first) / width).clamp(0.0, 1.0)
+    return frequencies / config.factor * ramp + frequencies * (1 - ramp)

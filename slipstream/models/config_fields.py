@@ -6,12 +6,14 @@ is built; the message names the field. Bounds are far above any published model 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from slipstream.checkpoint.fields import optional, require
+from slipstream.checkpoint.weight_file import shown
 from slipstream.core.errors import CheckpointError, nearest
 from slipstream.layers.mlp import ACTIVATIONS
+from slipstream.layers.rope_config import RopeConfig, rope_from_gguf, rope_from_hf
 
 MAX_HIDDEN = 1 << 17
 MAX_INTERMEDIATE = 1 << 20
@@ -22,6 +24,67 @@ MAX_VOCAB = 1 << 23
 MAX_POSITIONS = 1 << 28
 MIN_EPS = 1e-15
 GGUF = "GGUF metadata"
+# What transformers and llama.cpp turn by where a file names no base.
+DEFAULT_THETA = 10_000.0
+RMS_EPS_KEY = "attention.layer_norm_rms_epsilon"
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+def hf_decoder(config: Mapping[str, Any], *, default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
+    """Read what a `DecoderConfig` with one rotary embedding needs from a `config.json`."""
+    sizes = hf_sizes(config)
+    rope = rope_from_hf(config, max_positions=sizes["max_position_embeddings"], default_theta=default_theta)
+    return with_rope(sizes, rope) | {
+        "activation": hf_activation(config, "hidden_act"),
+        "is_tied": optional(config, "tie_word_embeddings", bool, False),
+    }
+
+
+def gguf_decoder(
+    metadata: Mapping[str, Any], architecture: str, tensor_names: Iterable[str]
+) -> dict[str, Any]:
+    """Read the same from GGUF metadata; the names tell of an untied head and of rotary factors."""
+    names = set(tensor_names)
+    refuse_experts(metadata, architecture)
+    sizes = gguf_sizes(metadata, architecture)
+    rope = rope_from_gguf(
+        metadata,
+        architecture,
+        head_dim=sizes["head_dim"],
+        max_positions=sizes["max_position_embeddings"],
+        default_theta=DEFAULT_THETA,
+        has_factors="rope_freqs.weight" in names,
+    )
+    return with_rope(sizes, rope) | {"is_tied": "output.weight" not in names}
+
+
+def with_rope(sizes: dict[str, Any], rope: RopeConfig) -> dict[str, Any]:
+    """Add the rotary embedding, and the positions it reaches beyond those the model was trained on."""
+    reach = max(sizes["max_position_embeddings"], rope.reach)
+    return sizes | {"rope": rope, "max_position_embeddings": reach}
+
+
+def refuse_experts(metadata: Mapping[str, Any], architecture: str) -> None:
+    experts = optional(metadata, f"{architecture}.expert_count", int, 0, where=GGUF)
+    if experts:
+        raise CheckpointError(
+            f"{GGUF}: {architecture}.expert_count is {experts}; mixtures of experts are not supported."
+        )
+
+
+def hf_layer_types(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+    """Return which layers are local by the required field `layer_types`."""
+    types = require(config, "layer_types", list, minimum=num_layers, maximum=num_layers)
+    unknown = [kind for kind in types if kind not in (LOCAL, GLOBAL)]
+    if unknown:
+        raise CheckpointError(
+            f"config.json: field 'layer_types' holds {shown(unknown[0])}; allowed: {LOCAL!r}, {GLOBAL!r}."
+        )
+    return tuple(kind == LOCAL for kind in types)
+
+
+def hf_window(config: Mapping[str, Any]) -> int:
+    return require(config, "sliding_window", int, minimum=1, maximum=MAX_POSITIONS)
 
 
 def hf_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +112,9 @@ def hf_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     return sizes
 
 
-def gguf_sizes(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def gguf_sizes(
+    metadata: Mapping[str, Any], architecture: str, *, eps_key: str = RMS_EPS_KEY
+) -> dict[str, Any]:
     """Read the fields that every decoder's GGUF metadata has, by the names of our records."""
 
     def number(key: str, maximum: int) -> int:
@@ -64,7 +129,7 @@ def gguf_sizes(metadata: Mapping[str, Any], architecture: str) -> dict[str, Any]
         "max_position_embeddings": number("context_length", MAX_POSITIONS),
         "norm_eps": require(
             metadata,
-            f"{architecture}.attention.layer_norm_rms_epsilon",
+            f"{architecture}.{eps_key}",
             float,
             minimum=MIN_EPS,
             maximum=1.0,
@@ -117,13 +182,13 @@ def check_heads(sizes: Mapping[str, Any], heads_name: str, kv_name: str, dim_nam
         raise CheckpointError(f"{dim_name} is {sizes['head_dim']}; rotary pairs need an even number.")
 
 
-def hf_activation(config: Mapping[str, Any], key: str) -> str:
+def hf_activation(config: Mapping[str, Any], key: str, known: Iterable[str] = ACTIVATIONS) -> str:
     """Return the activation's name; CheckpointError, with the valid names, for one we do not have."""
     name = require(config, key, str)
-    if name not in ACTIVATIONS:
+    if name not in known:
         raise CheckpointError(
-            f"config.json: field {key!r} is {name!r}; supported: {', '.join(ACTIVATIONS)}."
-            f"{nearest(name, ACTIVATIONS)}"
+            f"config.json: field {key!r} is {shown(name)}; supported: {', '.join(known)}."
+            f"{nearest(name, known)}"
         )
     return name
 

@@ -13,12 +13,22 @@ ARCHITECTURES = Registry(
     "model architecture",
     {
         "LlamaForCausalLM": "slipstream.models.llama:Llama",
+        "MistralForCausalLM": "slipstream.models.mistral:Mistral",
+        "Qwen2ForCausalLM": "slipstream.models.qwen2:Qwen2",
+        "Qwen3ForCausalLM": "slipstream.models.qwen3:Qwen3",
         "Gemma3ForCausalLM": "slipstream.models.gemma3:Gemma3",
+        "GPTJForCausalLM": "slipstream.models.gptj:GPTJ",
     },
 )
 
 # `general.architecture` of a GGUF file -> the name Hugging Face gives the same architecture.
-GGUF_NAMES = {"llama": "LlamaForCausalLM", "gemma3": "Gemma3ForCausalLM"}
+GGUF_NAMES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "gptj": "GPTJForCausalLM",
+}
 
 
 def register_model(name: str, cls: type[Any] | str, *, override: bool = False) -> None:

@@ -61,6 +61,14 @@ MLP_ROWS = (
     Row("mlp.up_proj", "ffn_up", "mlp.gate_up", "up"),
     Row("mlp.down_proj", "ffn_down", "mlp.down"),
 )
+PRE_NORM_ROWS = (
+    Row("input_layernorm", "attn_norm", "input_norm"),
+    Row("post_attention_layernorm", "ffn_norm", "mlp_norm"),
+)
+QK_NORM_ROWS = (
+    Row("self_attn.q_norm", "attn_q_norm", "attention.q_norm"),
+    Row("self_attn.k_norm", "attn_k_norm", "attention.k_norm"),
+)
 
 
 def block_places(
@@ -73,11 +81,24 @@ def block_places(
     """Return the places of one block; `transforms` is keyed by a row's name in `format`."""
     places: dict[str, Place] = {}
     for row in rows:
-        module = block.get_submodule(row.module)
-        transform = (transforms or {}).get(row.stem(format))
-        for name, parameter in module.named_parameters(recurse=False):
-            assert isinstance(parameter, Parameter)
-            places[f"{prefix}{row.stem(format)}.{name}"] = Place(parameter, row.slot, transform)
+        stem = row.stem(format)
+        places |= module_places(
+            block.get_submodule(row.module),
+            prefix + stem,
+            slot=row.slot,
+            transform=(transforms or {}).get(stem),
+        )
+    return places
+
+
+def module_places(
+    module: nn.Module, stem: str, *, slot: str = "", transform: RowTransform | None = None
+) -> dict[str, Place]:
+    """Return the places of a module's own tensors: its weight, and its bias where it has one."""
+    places: dict[str, Place] = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        assert isinstance(parameter, Parameter)
+        places[f"{stem}.{name}"] = Place(parameter, slot, transform)
     return places
 
 

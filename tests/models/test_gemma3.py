@@ -109,7 +109,7 @@ def test_older_spelling_of_the_configuration_reads_the_same(hf_config: dict[str,
     }
     assert Gemma3Config.from_hf(older) == Gemma3Config.from_hf(hf_config)
     scaled = Gemma3Config.from_hf(older | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}})
-    assert (scaled.global_rope.factor, scaled.local_rope.factor) == (8.0, 1.0)
+    assert (scaled.rope.factor, scaled.local_rope.factor) == (8.0, 1.0)
 
 
 def test_bfloat16_scales_the_embedding_as_the_model_was_trained(twin: Any, folder: Path) -> None:
@@ -207,7 +207,7 @@ def test_gguf_facts_that_have_no_key() -> None:
     smaller = Gemma3Config.from_gguf(gguf_metadata() | {"gemma3.block_count": 34})
     assert smaller.attention_scale == 128**-0.5
     assert (config.local_rope.theta, config.local_rope.kind) == (10_000.0, "default")
-    assert (config.global_rope.theta, config.global_rope.factor) == (1_000_000.0, 8.0)
+    assert (config.rope.theta, config.rope.factor) == (1_000_000.0, 8.0)
     assert [i for i, is_local in enumerate(config.is_local) if not is_local] == list(range(5, 62, 6))
 
 

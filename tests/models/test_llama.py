@@ -217,7 +217,7 @@ def test_bad_epsilon_is_refused(hf_config: dict[str, Any], value: Any) -> None:
         ({"head_dim": 15}, "head_dim is 15"),
         ({"hidden_act": "silo"}, "Did you mean 'silu'"),
         ({"quantization_config": {"quant_method": "made_up"}}, "quantization_config.*made_up"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' are not supported"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' are not supported"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
     ],
     ids=lambda case: str(case)[:40],
@@ -266,7 +266,7 @@ def test_gguf_field_missing_or_wrong_is_named(field: str) -> None:
     ("changes", "match"),
     [
         ({"llama.expert_count": 8}, "expert_count is 8"),
-        ({"llama.rope.scaling.type": "yarn"}, "'yarn' are not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "'longrope' are not supported"),
         ({"llama.rope.dimension_count": 8}, "dimension_count is 8"),
         ({"llama.attention.value_length": 8}, "value_length is 8"),
         ({"llama.attention.head_count_kv": [2, 2, 2]}, "head_count_kv"),
