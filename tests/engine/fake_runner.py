@@ -410,11 +410,26 @@ class Replica:
         """Assert that nothing is held once everything ended and all steps committed."""
         scheduler, pool = self.scheduler, self.cache.pool
         assert not scheduler.has_work and not self._steps
-        assert scheduler.plan() is None  # ends the promises of the last step's tails
+        assert scheduler.plan() is None
         assert (scheduler.num_waiting, scheduler.num_running, scheduler.num_outstanding) == (0, 0, 0)
         assert pool.num_free == pool.num_usable and pool.num_retiring == 0
-        assert not scheduler._promises._owners and scheduler._promises.num_parked == 0
-        assert sorted([*scheduler._free_rows, *scheduler._removed]) == list(range(self.max_batch_size))
+
+    def check_reusable(self) -> None:
+        """Assert that no promise and no row was lost: every prompt runs again, and every row at once."""
+        salts = {tuple(sample.prompt_token_ids): sample.cache_salt for sample in self.requests.values()}
+        for i, (prompt, salt) in enumerate(salts.items()):
+            self.submit(f"again{i}", prompt, 1, salt=salt)
+        self.run()
+        # Admission spares a block for every eight rows.
+        num_blocks = self.cache.pool.num_usable // len(self.cache.groups)
+        num_rows = min(self.max_batch_size, self.max_num_tokens, num_blocks * 8 // 9)
+        for i in range(num_rows):
+            self.submit(f"row{i}", [10 + i], 2)
+        plan = self.launch()
+        assert plan is not None and len(plan.added) == num_rows
+        self.run()
+        self.check_outputs()
+        self.check_idle()
 
 
 def full(layers: int = 2) -> list[CacheGroup]:

@@ -175,7 +175,7 @@ def test_abort_gives_back_exactly_its_own_pages(state: str, num_committed: int) 
     replica.launch()
     if state == "parked":
         replica.launch()
-        assert replica.scheduler._promises.num_parked == 1
+        assert replica.scheduler.stats.num_parked == 1
         replica.commit()
     victim = sequence_of(replica, "victim")
     found = "running" if victim.row >= 0 else "waiting"

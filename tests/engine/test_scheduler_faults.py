@@ -184,6 +184,7 @@ def run_bad_traffic(name: str, num_seeds: int) -> tuple[int, int]:
         assert failed <= replica.runner.nan_at.keys(), "a healthy request failed"
         errors += len(failed)
         rewinds += replica.scheduler.stats.num_rewound
+        replica.check_reusable()
     return errors, rewinds
 
 

@@ -18,6 +18,7 @@ from fake_runner import Replica, full, hybrid
 from slipstream.cache.kv_cache import KvCache
 from slipstream.cache.pool import PagePool
 from slipstream.cache.prefix_index import PrefixIndex
+from slipstream.cache.promises import Promises
 from slipstream.core.cache_group import CacheGroup
 
 NUM_REQUESTS = 14
@@ -135,6 +136,7 @@ def run_traffic(setup: Setup, *, abort_rate: float = 0.02) -> dict[str, int]:
         for stat, value in dataclasses.asdict(traffic.replica.scheduler.stats).items():
             before = totals.get(stat, 0)
             totals[stat] = max(value, before) if stat == "max_outstanding" else value + before
+        traffic.replica.check_reusable()
     return totals
 
 
@@ -198,7 +200,26 @@ def forget_to_evict(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixIndex, "forget_page", lambda index, page: None)
 
 
+def lose_waiters(patch: pytest.MonkeyPatch) -> None:
+    """Who parked on a promise that was kept is not woken."""
+    end = Promises.end
+    patch.setattr(Promises, "end", lambda promises, keys: end(promises, keys)[1:])
+
+
+def keep_promises(patch: pytest.MonkeyPatch) -> None:
+    """A promise outlives its owner, so that whoever comes next waits for nobody."""
+    end = Promises.end
+
+    def end_and_promise_again(promises: Promises[Any], keys: Any) -> Any:
+        freed = end(promises, keys)
+        promises.add(keys)
+        return freed
+
+    patch.setattr(Promises, "end", end_and_promise_again)
+
+
 MUTATIONS = {
+    "full": [lose_waiters, keep_promises],
     "full-overlap": [release_at_once, copy_within_a_plan, forget_to_evict],
     "full-deep": [publish_one_block_too_many],
     "hybrid-deep": [release_at_once, trim_one_token_too_early],
