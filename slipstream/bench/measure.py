@@ -18,6 +18,7 @@ from slipstream.bench.workload import BenchRequest, expected_tokens
 from slipstream.core.errors import SlipstreamError
 from slipstream.core.outputs import RequestOutput
 from slipstream.core.sampling_params import SamplingParams
+from slipstream.engine.progress import generating_bar
 
 # Enough for every shape of a step to have been seen once.
 WARM_UP_TOKENS = 8
@@ -61,10 +62,16 @@ class RunFigures:
 
 def all_at_once(door: Door, requests: Sequence[BenchRequest], salt: str) -> list[RequestOutput]:
     """Submit every request in one batch."""
+    return submit(door, requests, salt, use_tqdm=None)
+
+
+def submit(
+    door: Door, requests: Sequence[BenchRequest], salt: str, *, use_tqdm: bool | None
+) -> list[RequestOutput]:
     return door.generate(
         [list(request.prompt_token_ids) for request in requests],
         [params_of(request, salt) for request in requests],
-        use_tqdm=None,
+        use_tqdm=use_tqdm,
         raise_on_error=True,
     )
 
@@ -74,14 +81,12 @@ def in_batches(size: int) -> Load:
 
     def run(door: Door, requests: Sequence[BenchRequest], salt: str) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
-        for start in range(0, len(requests), size):
-            batch = requests[start : start + size]
-            outputs += door.generate(
-                [list(request.prompt_token_ids) for request in batch],
-                [params_of(request, salt) for request in batch],
-                use_tqdm=False,
-                raise_on_error=True,
-            )
+        with generating_bar(len(requests), None) as advance:
+            for start in range(0, len(requests), size):
+                batch = requests[start : start + size]
+                outputs += submit(door, batch, salt, use_tqdm=False)
+                for request in batch:
+                    advance(request.output_tokens)
         return outputs
 
     return run
@@ -100,15 +105,17 @@ async def _keep_in_flight(
     door: Door, requests: Sequence[BenchRequest], salt: str, limit: int
 ) -> list[RequestOutput]:
     gate = asyncio.Semaphore(limit)
+    with generating_bar(len(requests), None) as advance:
 
-    async def one(request: BenchRequest) -> RequestOutput:
-        async with gate:
-            output = await door.generate_async(list(request.prompt_token_ids), params_of(request, salt))
-        if output.error is not None:
-            raise output.error
-        return output
+        async def one(request: BenchRequest) -> RequestOutput:
+            async with gate:
+                output = await door.generate_async(list(request.prompt_token_ids), params_of(request, salt))
+            if output.error is not None:
+                raise output.error
+            advance(request.output_tokens)
+            return output
 
-    return list(await asyncio.gather(*(one(request) for request in requests)))
+        return list(await asyncio.gather(*(one(request) for request in requests)))
 
 
 def params_of(request: BenchRequest, salt: str) -> SamplingParams:

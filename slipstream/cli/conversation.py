@@ -55,20 +55,25 @@ class Conversation:
             shown.append(piece)
             write(piece)
 
+        generation = None
         try:
-            output = stream(self._llm.chat_async(self._messages(asked), self._params, streaming=True), show)
+            generation = self._llm.chat_async(self._messages(asked), self._params, streaming=True)
+            output = stream(generation, show)
         except KeyboardInterrupt:
-            if shown:
-                self.turns = [*asked, {"role": "assistant", "content": "".join(shown)}]
+            if generation is not None and shown:
+                # The engine ends an aborted request after the step it is in.
+                self._remember(asked, "".join(shown), generation.result())
             raise
         except RequestError as error:
             if error.code == "context_length_exceeded":
                 raise self._does_not_fit(error) from error
             raise
-        answer = output.outputs[0]
-        self.turns = [*asked, {"role": "assistant", "content": answer.text}]
-        self.num_tokens = len(output.prompt_token_ids) + len(answer.token_ids)
+        self._remember(asked, output.outputs[0].text, output)
         return output
+
+    def _remember(self, asked: list[Message], answer: str, output: RequestOutput) -> None:
+        self.turns = [*asked, {"role": "assistant", "content": answer}]
+        self.num_tokens = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
 
     def _messages(self, turns: list[Message]) -> list[Message]:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]

@@ -119,7 +119,7 @@ def usage_message(error: Any) -> str:
         command = error.ctx.command_path
         message = f"{command} has no option {name!r}.{nearest(name, valid)}"
         return f"{message} See {command} --help."
-    message = " ".join(error.format_message().split())
+    message = " ".join(error.format_message().split()).removeprefix("Invalid value: ")
     if error.ctx is not None and message == "Missing command.":
         commands = ", ".join(error.ctx.command.list_commands(error.ctx))
         message = f"{error.ctx.command_path} needs a command: {commands}."

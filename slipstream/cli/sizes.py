@@ -10,7 +10,7 @@ import re
 
 import typer
 
-TOKENS = re.compile(r"(\d+(?:\.\d+)?)([km]?)", re.IGNORECASE)
+TOKENS = re.compile(r"([0-9]+(?:\.[0-9]+)?)([km]?)", re.IGNORECASE)
 TOKEN_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
@@ -40,7 +40,7 @@ def parse_byte_size(text: str) -> int:
 def parse_counts(text: str) -> tuple[int, ...]:
     """Return the whole numbers of a list such as `1,4,8`. Raises typer.BadParameter."""
     parts = str(text).split(",")
-    if not all(re.fullmatch(r"\s*[1-9]\d*\s*", part) for part in parts):
+    if not all(re.fullmatch(r"\s*[1-9][0-9]*\s*", part) for part in parts):
         raise typer.BadParameter(f"{text!r} is not a list of counts from 1; write e.g. 1,4,8.")
     return tuple(int(part) for part in parts)
 
