@@ -64,8 +64,6 @@ class LLM:
         # Holds the pump, not self: a deleted LLM (or the interpreter's exit) ends the engine's thread.
         self._finalizer = weakref.finalize(self, Pump.stop, self._pump)
 
-    # -- what it is ----------------------------------------------------------------------------------------
-
     @property
     def tokenizer(self) -> Tokenizer:
         tokenizer = self._assembly.tokenizer
@@ -96,8 +94,6 @@ class LLM:
             "num_free_pages": scheduler.cache.pool.num_free,
             "num_pages": scheduler.cache.pool.num_usable,
         }
-
-    # -- generate ------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -221,8 +217,6 @@ class LLM:
             raise
         return outputs
 
-    # -- prompts -------------------------------------------------------------------------------------------
-
     def _request(self, encoded: Encoded, params: SamplingParams, request_id: str | None) -> Request:
         if encoded.error is not None:
             raise encoded.error
@@ -280,8 +274,6 @@ class LLM:
             return Encoded(chat.token_ids, chat.text)
         except RequestError as error:
             return Encoded([], None, error)
-
-    # -- the end -------------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
         """Stop the engine; pending requests fail with code "engine_stopped". Idempotent."""

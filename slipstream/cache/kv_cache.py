@@ -51,8 +51,6 @@ class KvCache:
         self._index = PrefixIndex(len(groups))
         self.pool = PagePool(num_pages, on_evict=self._index.forget_page)
 
-    # -- sizes ---------------------------------------------------------------------------------------------
-
     def pages_for(self, num_tokens: int, *, max_span: int) -> int:
         """Return the most pages that a sequence of `num_tokens`, run in spans of `max_span`, ever holds."""
         return self.pages_missing(Hit(), num_tokens, max_span=max_span)
@@ -70,11 +68,20 @@ class KvCache:
             for window in self._windows
         )
 
+    def pages_ahead(self, table: BlockTable, num_tokens: int, *, max_span: int) -> int:
+        """Return how many more pages a running sequence may come to hold until it has `num_tokens`."""
+        blocks = -(-num_tokens // self.block_tokens) - table.capacity // self.block_tokens
+        ahead = 0
+        for window, held, first in zip(self._windows, table.pages, table.first_live, strict=True):
+            bound = blocks
+            if window:
+                bound = min(blocks, self._window_blocks(window + max_span) + 1 - (len(held) - first))
+            ahead += max(0, bound)
+        return ahead
+
     def _window_blocks(self, window: int) -> int:
         """Return how many whole blocks before a block border the next query of a window can see."""
         return -(-(window - 1) // self.block_tokens)
-
-    # -- lookup and admission ------------------------------------------------------------------------------
 
     def new_table(self, *, salt: str | None = None) -> BlockTable:
         return BlockTable(len(self.groups), root_key(salt=salt))
@@ -185,8 +192,6 @@ class KvCache:
         tainted = self.pool.take_tainted(page for pages in grown for page in pages)
         return [(NULL_PAGE, page) for page in tainted]
 
-    # -- growth --------------------------------------------------------------------------------------------
-
     def extend(self, table: BlockTable, num_tokens: int) -> list[list[int]] | None:
         """Give a table pages for `num_tokens`; returns the new pages per group, None if the pool is short."""
         blocks = -(-num_tokens // self.block_tokens)
@@ -254,8 +259,6 @@ class KvCache:
                 pool=self.pool,
             )
         return key
-
-    # -- giving back ---------------------------------------------------------------------------------------
 
     def trim(self, table: BlockTable, next_position: int, *, after_step: int) -> None:
         """Give back the blocks that no query from `next_position` on can see through any window."""

@@ -14,7 +14,7 @@ import msgspec
 from slipstream.core.sampling_params import RowSampling
 
 Stream = Literal["decoder", "encoder"]
-LogitsKind = Literal["prompt_logprobs", "context_logits", "hidden_states"]
+LogitsKind = Literal["prompt_logprobs", "context_logits", "generation_logits", "hidden_states"]
 
 
 class Span(msgspec.Struct, frozen=True):

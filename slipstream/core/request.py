@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from slipstream.core.errors import RequestError
 from slipstream.core.limits import Limits
+from slipstream.core.plan import LogitsKind
 from slipstream.core.sampling_params import RowSampling, SamplingParams
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
@@ -56,7 +57,8 @@ class Request:
     """One checked prompt with everything resolved; frozen, so any thread may read it.
 
     `max_tokens` is never None. `stop_token_ids` are the ids that end the request, `stop` the strings. The
-    noise of sample i at output position p is a function of (`seed`, i, p) alone. `kv_params` is opaque to
+    noise of sample i at output position p is a function of (`seed`, i, p) alone. `deadline_s` is on the
+    monotonic clock; `logits` names what the request wants beside tokens. `kv_params` is opaque to
     everyone but a KV connector.
     """
 
@@ -73,6 +75,8 @@ class Request:
     num_samples: int
     cache_salt: str | None
     arrival_s: float
+    deadline_s: float | None = None
+    logits: tuple[LogitsKind, ...] = ()
     kv_params: Any = None
     lora: None = None
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from typing import Any
 
 from slipstream.cache.kv_cache import Hit, KvCache
-from slipstream.cache.promises import Promises
 from slipstream.core.errors import RequestError
 from slipstream.core.outputs import FinishReason, TokenEvent
 from slipstream.core.plan import RequestInit, Span, StepPlan, StepResult
 from slipstream.core.request import Request
+from slipstream.engine.admission import POLICIES, MaxUtilization
+from slipstream.engine.row_allocation import RowAllocation
 from slipstream.engine.sequence import Sequence, State
+from slipstream.engine.waiting_queue import WaitingQueue
 
 # Requests that may be parked per row: a plan looks at no more of the queue, however many share a prefix.
 MAX_PARKED_PER_ROW = 4
@@ -54,37 +56,32 @@ class Scheduler:
         max_batch_size: int,
         max_num_tokens: int,
         enable_chunked_prefill: bool = True,
+        policy: str = "MAX_UTILIZATION",
     ) -> None:
         self.cache = cache
         self.stats = SchedulerStats()
         self._max_num_tokens = max_num_tokens
-        self._max_parked = MAX_PARKED_PER_ROW * max_batch_size
         self._enable_chunked_prefill = enable_chunked_prefill
         self._sequences: dict[tuple[str, int], Sequence] = {}
-        self._waiting: list[tuple[int, Sequence]] = []
-        self._num_waiting = 0
-        self._promises: Promises[Sequence] = Promises()
-        self._tail_keys: list[bytes] = []
-        self._prefilling: list[Sequence] = []
-        self._decoding: dict[int, Sequence] = {}
-        self._free_rows = list(range(max_batch_size - 1, -1, -1))
-        self._removed: list[int] = []
+        self._queue = WaitingQueue(max_parked=MAX_PARKED_PER_ROW * max_batch_size)
+        self._rows = RowAllocation(max_batch_size)
+        self._admission: MaxUtilization = POLICIES.get(policy)(
+            cache, self._rows, max_num_tokens=max_num_tokens
+        )
+        self._deadlines: list[tuple[float, tuple[int, int], Sequence]] = []
         self._outstanding: deque[tuple[int, list[tuple[int, Sequence, int]]]] = deque()
-        self._next_order = 0
+        self._next_arrival = 0
         self._next_step_id = 0
         self._last_committed = -1
         self._is_short = False
-        self._blocked: tuple[Sequence, int] | None = None
-
-    # -- what is there -------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
-        return self._num_waiting
+        return len(self._queue)
 
     @property
     def num_running(self) -> int:
-        return len(self._decoding) + len(self._prefilling)
+        return len(self._rows)
 
     @property
     def num_outstanding(self) -> int:
@@ -95,9 +92,7 @@ class Scheduler:
         return bool(self._sequences or self._outstanding)
 
     def running(self) -> list[Sequence]:
-        return [*self._decoding.values(), *self._prefilling]
-
-    # -- requests come and go ------------------------------------------------------------------------------
+        return self._rows.running()
 
     def submit(self, request: Request) -> None:
         """Queue every sample of a request; raises RequestError where it can never fit."""
@@ -110,10 +105,12 @@ class Scheduler:
                     param="request_id",
                 )
             table = self.cache.new_table(salt=sample.cache_salt)
-            sequence = Sequence(sample, self._next_order, table)
-            self._next_order += 1
+            sequence = Sequence(sample, (sample.params.priority, self._next_arrival), table)
+            self._next_arrival += 1
             self._sequences[key] = sequence
-            self._enqueue(sequence)
+            self._queue.push(sequence)
+            if sample.deadline_s is not None:
+                heapq.heappush(self._deadlines, (sample.deadline_s, sequence.order, sequence))
 
     def _check_fits(self, request: Request) -> None:
         num_prompt = len(request.prompt_token_ids)
@@ -147,11 +144,15 @@ class Scheduler:
                 events.append(_event(sequence, finish_reason="cancelled"))
         return events
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (sequence.order, sequence))
-        self._num_waiting += 1
-
-    # -- plan ----------------------------------------------------------------------------------------------
+    def expire(self, now_s: float) -> list[TokenEvent]:
+        """End every request whose deadline (monotonic seconds) has passed, wherever it is."""
+        events: list[TokenEvent] = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            sequence = heapq.heappop(self._deadlines)[2]
+            if sequence.state is not State.FINISHED:
+                self._finish(sequence)
+                events.append(_event(sequence, finish_reason="timeout"))
+        return events
 
     def plan(self) -> StepPlan | None:
         """Return the next step, or None where nothing can run before an outstanding step is committed."""
@@ -162,11 +163,9 @@ class Scheduler:
         return plan
 
     def _plan_step(self) -> StepPlan | None:
-        for sequence in self._promises.end(self._tail_keys):
-            self._unpark(sequence)
-        self._tail_keys = []
-        removed, self._removed = self._removed, []
-        self._free_rows += removed
+        self._queue.wake_tails()
+        self._admission.begin_plan()
+        removed = self._rows.begin_plan()
         plan = StepPlan(self._next_step_id)
         entries: list[tuple[int, Sequence, int]] = []
         self._is_short = False
@@ -176,8 +175,7 @@ class Scheduler:
         if not self._is_short:
             budget = self._plan_admissions(plan, entries, budget)
         if not plan.spans:
-            self._removed = removed + self._removed
-            del self._free_rows[len(self._free_rows) - len(removed) :]
+            self._rows.cancel_plan(removed)
             return None
         plan.removed = removed
         self._next_step_id += 1
@@ -192,7 +190,7 @@ class Scheduler:
         """Give every decoding row one token. This loop is the host's cost at a large batch: keep it flat."""
         step_id = plan.step_id
         add_span, add_sample, add_entry = plan.spans.append, plan.sample.append, entries.append
-        for row, sequence in list(self._decoding.items()):
+        for row, sequence in list(self._rows.decoding.items()):
             start = sequence.num_scheduled
             if start > sequence.last_decode_start or sequence.row != row:
                 continue
@@ -204,6 +202,8 @@ class Scheduler:
             sequence.num_in_flight += 1
             sequence.last_step = step_id
             add_entry((row, sequence, start + 1))
+            if sequence.wants_generation_logits:
+                plan.logits.append((row, start, 1, "generation_logits"))
 
     def _grow_decode(self, plan: StepPlan, sequence: Sequence, start: int) -> bool:
         """Take the next block of a decoding row (once every block_tokens steps); False if it must wait."""
@@ -236,7 +236,7 @@ class Scheduler:
 
     def _plan_chunks(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], budget: int) -> int:
         """Continue the prompts that earlier plans began, oldest first; returns the tokens left."""
-        for sequence in list(self._prefilling):
+        for sequence in list(self._rows.prefilling):
             if budget <= 0:
                 break
             if sequence.state is not State.RUNNING:
@@ -265,46 +265,35 @@ class Scheduler:
         sequence.last_step = plan.step_id
         entries.append((sequence.row, sequence, end))
         self.stats.num_chunks += 1
+        plan.logits += sequence.logits_of_chunk(start, chunk)
         self._publish(sequence, plan.step_id)
         if end == sequence.prefill_end:
-            plan.sample.append(sequence.row)
-            sequence.num_in_flight += 1
-            self._prefilling.remove(sequence)
-            self._decoding[sequence.row] = sequence
+            self._rows.begin_decoding(sequence)
+            if sequence.request.max_tokens:
+                plan.sample.append(sequence.row)
+                sequence.num_in_flight += 1
 
     def _publish(self, sequence: Sequence, step_id: int) -> None:
-        """Key what the plan completes, and wake those who waited for it.
-
-        Waiters on a full block may match it in this very plan. The last block of a prompt, full or not, is
-        copied, and a copy runs ahead of the forward of its own step: its waiters come back in the next plan.
-        """
-        keys = self.cache.publish(sequence.table, sequence.tokens, sequence.num_scheduled, step_id=step_id)
-        kept = sequence.promised[: len(keys)]
-        del sequence.promised[: len(keys)]
-        if sequence.num_scheduled == sequence.prefill_end:
-            self.cache.publish_tail(sequence.table, sequence.tokens, step_id=step_id)
-            if kept and not sequence.promised and self.cache.enable_partial_reuse:
-                sequence.promised = [kept.pop()]
-            self._tail_keys += sequence.promised
-            sequence.promised = []
-        for waiter in self._promises.end(kept):
-            self._unpark(waiter)
-
-    # -- admission -----------------------------------------------------------------------------------------
+        """Key what the plan completes, and wake those who waited for it."""
+        tokens, end = sequence.tokens, sequence.num_scheduled
+        keys = self.cache.publish(sequence.table, tokens, end, step_id=step_id)
+        is_last = end == sequence.prefill_end
+        if is_last:
+            self.cache.publish_tail(sequence.table, tokens, step_id=step_id)
+        copies_last = self.cache.enable_partial_reuse
+        self._queue.keep(sequence, len(keys), is_last=is_last, copies_last=copies_last)
 
     def _plan_admissions(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], budget: int) -> int:
         """Admit in arrival order until tokens, rows or pages run out; returns the tokens left."""
-        while budget > 0 and self._free_rows and self._waiting:
-            if self._promises.num_parked >= self._max_parked:
+        while budget > 0 and self._rows.has_free and not self._queue.is_closed:
+            sequence = self._queue.head()
+            if sequence is None or sequence.last_step > self._last_committed:
                 break
-            sequence = self._waiting[0][1]
-            if sequence.state is not State.WAITING:
-                heapq.heappop(self._waiting)
-                continue
-            if sequence.last_step > self._last_committed or self._is_still_blocked(sequence):
+            if not self._admission.may_look(sequence):
                 break
-            hit = self.cache.lookup(sequence.table, sequence.tokens, step_id=plan.step_id)
-            if self._park(sequence, hit):
+            hit = self._lookup(sequence, plan.step_id)
+            if self._queue.park_head(hit.wanted):
+                self.stats.num_parked += 1
                 continue
             if not self._enable_chunked_prefill and not self._fits_whole(sequence, hit, budget):
                 break
@@ -315,88 +304,41 @@ class Scheduler:
             budget -= chunk
         return budget
 
-    def _is_still_blocked(self, sequence: Sequence) -> bool:
-        """Say whether the head of the queue was refused for pages that are still not there."""
-        return (
-            self._blocked is not None
-            and self._blocked[0] is sequence
-            and self.cache.pool.num_free <= self._blocked[1]
-            and self.num_running > 0
-        )
+    def _lookup(self, sequence: Sequence, step_id: int) -> Hit:
+        """Find what the cache holds; a request for logits of its prompt must run all of it."""
+        if sequence.wants_prompt_logits:
+            return Hit()
+        return self.cache.lookup(sequence.table, sequence.tokens, step_id=step_id)
 
     def _fits_whole(self, sequence: Sequence, hit: Hit, budget: int) -> bool:
         """Say whether a prompt runs in one step; what a preempted one grew beyond any step runs in chunks."""
         return min(len(sequence.tokens) - self._cached(hit), self._max_num_tokens) <= budget
-
-    def _park(self, sequence: Sequence, hit: Hit) -> bool:
-        """Take a sequence off the queue while another one computes the blocks it wants next."""
-        promised = None
-        for key in hit.wanted:
-            if key not in self._promises:
-                break
-            promised = key
-        if promised is None:
-            return False
-        heapq.heappop(self._waiting)
-        self._promises.park(promised, sequence)
-        self.stats.num_parked += 1
-        return True
-
-    def _unpark(self, sequence: Sequence) -> None:
-        """Return a parked sequence to its place in the queue; it never stopped counting as waiting."""
-        if sequence.state is State.WAITING:
-            heapq.heappush(self._waiting, (sequence.order, sequence))
 
     def _cached(self, hit: Hit) -> int:
         return len(hit.nodes) * self.cache.block_tokens + hit.partial_len
 
     def _admit(self, plan: StepPlan, sequence: Sequence, hit: Hit, budget: int) -> int:
         """Give a waiting sequence a row and pages; returns its first chunk's length, 0 if it must wait."""
-        usable = next(
-            (option for option in self._options(sequence, hit) if self._has_room(sequence, option)), None
-        )
-        if usable is None:
-            self._blocked = (sequence, self.cache.pool.num_free)
+        chosen = self._admission.choose(sequence, hit)
+        if chosen is None:
             return 0
-        hit = usable
+        hit = chosen
         cached = self._cached(hit)
         chunk = min(budget, len(sequence.tokens) - cached)
         copies = self.cache.admit(sequence.table, hit, cached + chunk, step_id=plan.step_id)
         if copies is None:
-            self._blocked = (sequence, self.cache.pool.num_free)
+            self._admission.refuse(sequence)
             return 0
-        self._blocked = None
-        heapq.heappop(self._waiting)
-        self._num_waiting -= 1
+        self._queue.take()
         self._start(plan, sequence, cached)
         plan.copies += copies
         self.stats.num_cached_tokens += cached
         self.stats.num_copied_blocks += hit.partial is not None
-        sequence.promised = list(hit.wanted)
-        self._promises.add(hit.wanted)
+        self._queue.promise(sequence, hit.wanted)
         return chunk
 
-    def _options(self, sequence: Sequence, hit: Hit) -> Iterator[Hit]:
-        """Yield a hit, then what is left of it where its pages would not fit beside the new ones."""
-        yield hit
-        if hit.partial is not None:
-            yield dataclasses.replace(hit, partial=None, partial_len=0)
-        if hit.nodes and not self.num_running:
-            yield self.cache.no_hit(sequence.table, sequence.tokens)
-
-    def _has_room(self, sequence: Sequence, hit: Hit) -> bool:
-        """Say whether all known tokens would fit beside what the running rows need next."""
-        cache = self.cache
-        groups = len(cache.groups)
-        wanted = cache.pages_missing(hit, len(sequence.tokens), max_span=self._max_num_tokens)
-        for other in self._prefilling:
-            missing = other.prefill_end - other.table.capacity
-            wanted += max(0, -(-missing // cache.block_tokens)) * groups
-        spare = -(-len(self._decoding) // 8) * groups
-        return wanted + spare <= cache.pool.num_free - cache.num_idle(hit)
-
     def _start(self, plan: StepPlan, sequence: Sequence, cached: int) -> None:
-        sequence.row = self._free_rows.pop()
+        self._rows.start(sequence)
         sequence.admission = self.stats.num_admissions
         sequence.state = State.RUNNING
         sequence.num_scheduled = sequence.num_computed = cached
@@ -417,24 +359,13 @@ class Scheduler:
                 sample_idx=request.sample_idx,
             )
         )
-        self._prefilling.append(sequence)
         self.stats.num_admissions += 1
-
-    # -- leaving -------------------------------------------------------------------------------------------
 
     def _leave(self, sequence: Sequence) -> None:
         """Take a running sequence off its row; the next plan tells the runner."""
-        if sequence.row >= 0:
-            if self._decoding.get(sequence.row) is sequence:
-                del self._decoding[sequence.row]
-            else:
-                self._prefilling.remove(sequence)
-            self._removed.append(sequence.row)
-            sequence.row = -1
+        self._rows.leave(sequence)
         self.cache.release(sequence.table, after_step=sequence.last_step)
-        for waiter in self._promises.end(sequence.promised):
-            self._unpark(waiter)
-        sequence.promised = []
+        self._queue.break_promises(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue; its tokens in flight still commit."""
@@ -443,7 +374,7 @@ class Scheduler:
         sequence.num_scheduled = sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.stats.num_preemptions += 1
-        self._enqueue(sequence)
+        self._queue.push(sequence)
 
     def _finish(self, sequence: Sequence, *, keep: bool = True) -> None:
         """End a sequence for good; `keep` what it computed findable."""
@@ -452,7 +383,7 @@ class Scheduler:
                 self._publish_rest(sequence)
             self._leave(sequence)
         else:
-            self._num_waiting -= 1
+            self._queue.forget()
         sequence.state = State.FINISHED
         del self._sequences[(sequence.request.request_id, sequence.request.sample_idx)]
 
@@ -462,8 +393,6 @@ class Scheduler:
         self.cache.publish(sequence.table, tokens, known, step_id=step_id)
         if sequence.num_scheduled >= sequence.prefill_end:
             self.cache.publish_tail(sequence.table, tokens[:known], step_id=step_id)
-
-    # -- commit --------------------------------------------------------------------------------------------
 
     def commit(self, result: StepResult) -> list[TokenEvent]:
         """Take in the result of the oldest outstanding step; returns what its rows have to say."""
@@ -484,6 +413,8 @@ class Scheduler:
                 sequence.num_computed = end
             ids = tokens.get(row)
             if ids is None or step_id <= sequence.discard_through:
+                if row in result.extras:
+                    self._commit_extras(sequence, result.extras[row], end, events)
                 continue
             sequence.num_in_flight -= 1
             if not ids:
@@ -493,12 +424,21 @@ class Scheduler:
             event = TokenEvent(sequence.request.request_id, sequence.request.sample_idx, ids)
             if logprobs and row in logprobs:
                 event.logprobs = logprobs[row]
+            if result.extras and row in result.extras:
+                event.extras = result.extras[row]
             if token in sequence.stop_ids:
                 self._stop(sequence, event, "stop", token)
             elif len(sequence.tokens) >= sequence.max_len:
                 self._stop(sequence, event, "length", None)
             events.append(event)
         return events
+
+    def _commit_extras(self, sequence: Sequence, extras: Any, end: int, events: list[TokenEvent]) -> None:
+        """Pass on what a step without a token brought; a request that samples none ends with its prompt."""
+        event = TokenEvent(sequence.request.request_id, sequence.request.sample_idx, extras=extras)
+        if not sequence.request.max_tokens and end == sequence.prefill_end:
+            self._stop(sequence, event, "length", None)
+        events.append(event)
 
     def _stop(
         self, sequence: Sequence, event: TokenEvent, reason: FinishReason, stop_token: int | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 from slipstream.cache.block_table import BlockTable
+from slipstream.core.plan import LogitsKind
 from slipstream.core.request import Request
 
 
@@ -20,8 +21,8 @@ class Sequence:
     `tokens` are known on the host; `num_scheduled` of the sequence's tokens are computed by launched or
     planned steps, `num_computed` by committed ones; `num_in_flight` sampled tokens are not known here yet.
     `prefill_end` is where the prompt (after a preemption: everything known) ends, `last_decode_start` the
-    last position whose successor may still be sampled. `order` is the arrival order, kept for life;
-    `admission` counts admissions: a sequence reuses only what an earlier admission computes.
+    last position whose successor may still be sampled. `order` is (priority, arrival), kept for
+    life; `admission` counts admissions: a sequence reuses only what an earlier admission computes.
     """
 
     __slots__ = (
@@ -35,6 +36,7 @@ class Sequence:
         "num_in_flight",
         "num_preemptions",
         "num_prompt",
+        "num_prompt_logits",
         "num_scheduled",
         "order",
         "prefill_end",
@@ -45,9 +47,11 @@ class Sequence:
         "stop_ids",
         "table",
         "tokens",
+        "wants_generation_logits",
+        "wants_prompt_logits",
     )
 
-    def __init__(self, request: Request, order: int, table: BlockTable) -> None:
+    def __init__(self, request: Request, order: tuple[int, int], table: BlockTable) -> None:
         self.request = request
         self.order = order
         self.table = table
@@ -68,7 +72,26 @@ class Sequence:
         self.last_step = -1
         self.discard_through = -1
         self.promised: list[bytes] = []
+        self.wants_generation_logits = "generation_logits" in request.logits
+        self.wants_prompt_logits = bool(request.logits) and request.logits != ("generation_logits",)
+        self.num_prompt_logits = 0
 
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    def logits_of_chunk(self, start: int, length: int) -> list[tuple[int, int, int, LogitsKind]]:
+        """Return what a plan that runs this chunk must bring beside a token, each prompt position once."""
+        if not self.request.logits:
+            return []
+        end = min(start + length, self.num_prompt)
+        wanted: list[tuple[int, int, int, LogitsKind]] = []
+        if end > self.num_prompt_logits:
+            first = max(start, self.num_prompt_logits)
+            for kind in self.request.logits:
+                if kind != "generation_logits":
+                    wanted.append((self.row, first, end - first, kind))
+            self.num_prompt_logits = end
+        if self.wants_generation_logits and start + length == self.prefill_end:
+            wanted.append((self.row, start + length - 1, 1, "generation_logits"))
+        return wanted
