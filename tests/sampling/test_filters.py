@@ -107,11 +107,14 @@ def test_a_flat_distribution_needs_more_than_the_first_candidates():
     assert (kept > 0).sum() > filters.FIRST_CANDIDATES
     uniform = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
     ids = drawn(x, case, uniform)
-    assert (kept[ids] > 0).all()
-    # Candidates come in descending order, so the first and the last draw lie at the ends of the nucleus: the
-    # last of 500 grid points is within 1/1000 of the mass, so among the lightest 1% of its tokens.
-    lightest = x[0, kept > 0].sort().values
-    assert ids[0] == x.argmax() and x[0, ids[-1]] <= lightest[len(lightest) // 100]
+    # The place of each draw in the descending order, against the inverse of the float64 cumulative sum.
+    order = torch.argsort(-x[0], stable=True)
+    expected = torch.searchsorted(kept[order].cumsum(0), uniform, right=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    # float32 exp shifts a boundary by 1e-6 of the mass; a token here has about 3e-4, so at most one place.
+    assert (place[ids] - expected).abs().max() <= 1
+    assert (place[ids] == expected).sum() >= 495
 
 
 def test_accelerators_order_everything_and_agree(monkeypatch):
