@@ -42,6 +42,19 @@ def test_heads_of_an_odd_vocabulary_concatenate() -> None:
     assert torch.equal(logits[:, VOCAB:], torch.zeros(3, 1))
 
 
+def test_the_bias_of_a_head_is_cut_with_its_rows() -> None:
+    hidden, bias, parts = draw(3, 6, seed=1), draw(VOCAB, seed=3), []
+    for context in contexts():
+        head = LMHead(context, VOCAB, 6, bias=True)
+        assert head.bias is not None and head.bias.shape == (6,)
+        fill(head.weight, TABLE)
+        fill(head.bias, bias)
+        parts.append(head(hidden))
+    logits = torch.cat(parts, -1)
+    torch.testing.assert_close(logits[:, :VOCAB], hidden @ TABLE.T + bias)
+    assert torch.equal(logits[:, VOCAB:], torch.zeros(3, 1))
+
+
 def test_logits_are_float32_and_as_wide_as_the_vocabulary() -> None:
     head = LMHead(BuildContext(dtype=torch.bfloat16), VOCAB, 6)
     fill(head.weight, TABLE)

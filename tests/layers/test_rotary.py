@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from slipstream.core.errors import ConfigError
 from slipstream.layers.build_context import BuildContext
-from slipstream.layers.rope_config import RopeConfig
+from slipstream.layers.rope_config import RopeConfig, rope_from_hf
 from slipstream.layers.rotary import FIRST_POSITIONS, Rotary, inverse_frequencies
 from tests.layers.shards import fill
 
@@ -48,6 +49,52 @@ def test_frequencies_match(parameters: dict[str, Any], config: RopeConfig, head_
     expected, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](twin, torch.device("cpu"))
     assert scale == 1.0
     torch.testing.assert_close(inverse_frequencies(config, head_dim), expected, rtol=1e-6, atol=0)
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1_000_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32_768,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"truncate": False},
+        {"beta_fast": 16.0, "beta_slow": 4.0},
+        {"mscale": 0.7, "mscale_all_dim": 0.9},
+        {"attention_factor": 1.5},
+        # So short that the ramp starts before the first frequency, and so low a base that it ends behind the
+        # last.
+        {"original_max_position_embeddings": 64, "rope_theta": 10.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_yarn_matches(changes: dict[str, Any], head_dim: int) -> None:
+    parameters = YARN | changes
+    twin = LlamaConfig(head_dim=head_dim, rope_parameters=dict(parameters), max_position_embeddings=131_072)
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](twin, torch.device("cpu"))
+    config = rope_from_hf({"rope_parameters": parameters}, max_positions=131_072, default_theta=1e4)
+    torch.testing.assert_close(inverse_frequencies(config, head_dim), expected, rtol=1e-6, atol=0)
+    assert config.attention_factor == pytest.approx(factor)
+    table = Rotary(BuildContext(), config, head_dim=head_dim)(batch([0, 5], 6))
+    angles = 5 * expected
+    torch.testing.assert_close(table[1, 0], torch.cat((angles.cos(), angles.cos())) * factor)
+    torch.testing.assert_close(table[1, 1], torch.cat((-angles.sin(), angles.sin())) * factor)
+
+
+def test_the_rest_of_a_head_does_not_turn() -> None:
+    config = RopeConfig(theta=100.0, rotary_dim=4)
+    table = Rotary(BuildContext(), config, head_dim=10, interleaved=True)(batch([3], 4))
+    whole = Rotary(BuildContext(), RopeConfig(theta=100.0), head_dim=4, interleaved=True)(batch([3], 4))
+    assert torch.equal(table[..., :4], whole)
+    assert torch.equal(table[0, :, 4:], torch.tensor([[1.0] * 6, [0.0] * 6]))
+    with pytest.raises(ConfigError, match="rotary_dim is 4 of a head of 10"):
+        Rotary(BuildContext(), config, head_dim=10)
 
 
 def test_table_holds_each_positions_angles() -> None:

@@ -13,6 +13,7 @@ from slipstream.layers.linear import Linear
 from slipstream.models.gemma3 import Gemma3, Gemma3Config
 from slipstream.parallel.mesh import Mesh
 from slipstream.quant.unquantized import Unquantized
+from tests.models.gguf_twins import write_gguf
 from tests.models.harness import PagedRunner
 from tests.models.parity import (
     CHUNKS,
@@ -22,7 +23,7 @@ from tests.models.parity import (
     relative_error,
     separated_greedy,
 )
-from tests.models.twins import hf_logits, load, make_gemma3, save, write_gguf
+from tests.models.twins import hf_logits, load, make_gemma3, save
 
 
 @pytest.fixture(scope="module")

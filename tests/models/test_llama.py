@@ -13,6 +13,7 @@ from slipstream.layers.linear import Linear
 from slipstream.models.llama import Llama, LlamaConfig
 from slipstream.parallel.mesh import Mesh
 from slipstream.quant.unquantized import Unquantized
+from tests.models.gguf_twins import write_gguf
 from tests.models.harness import PagedRunner
 from tests.models.parity import (
     CHUNKS,
@@ -24,7 +25,7 @@ from tests.models.parity import (
     relative_error,
     separated_greedy,
 )
-from tests.models.twins import hf_logits, load, make_llama, save, write_gguf
+from tests.models.twins import hf_logits, load, make_llama, save
 
 
 @pytest.fixture(scope="module")

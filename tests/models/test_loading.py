@@ -17,7 +17,8 @@ from slipstream.models.llama import Llama, LlamaConfig
 from slipstream.models.loading import load_weights
 from slipstream.parallel.mesh import Mesh
 from slipstream.quant.unquantized import Unquantized
-from tests.models.twins import load, make_llama, save, write_gguf
+from tests.models.gguf_twins import write_gguf
+from tests.models.twins import load, make_llama, save
 
 
 @dataclasses.dataclass

@@ -10,7 +10,11 @@ import pytest
 
 from slipstream.core.errors import CheckpointError, ConfigError
 from slipstream.models.gemma3 import Gemma3
+from slipstream.models.gptj import GPTJ
 from slipstream.models.llama import Llama
+from slipstream.models.mistral import Mistral
+from slipstream.models.qwen2 import Qwen2
+from slipstream.models.qwen3 import Qwen3
 from slipstream.models.registry import ARCHITECTURES, architecture_of, model_class, register_model
 
 
@@ -23,8 +27,15 @@ def checkpoint(format: str, config: dict[str, Any]) -> Any:
     [
         ("hf", {"architectures": ["LlamaForCausalLM"]}, Llama),
         ("hf", {"architectures": ["Gemma3ForCausalLM"]}, Gemma3),
+        ("hf", {"architectures": ["MistralForCausalLM"]}, Mistral),
+        ("hf", {"architectures": ["Qwen2ForCausalLM"]}, Qwen2),
+        ("hf", {"architectures": ["Qwen3ForCausalLM"]}, Qwen3),
+        ("hf", {"architectures": ["GPTJForCausalLM"]}, GPTJ),
         ("gguf", {"general.architecture": "llama"}, Llama),
         ("gguf", {"general.architecture": "gemma3"}, Gemma3),
+        ("gguf", {"general.architecture": "qwen2"}, Qwen2),
+        ("gguf", {"general.architecture": "qwen3"}, Qwen3),
+        ("gguf", {"general.architecture": "gptj"}, GPTJ),
     ],
 )
 def test_known_names_find_their_class(format: str, config: dict[str, Any], expected: type) -> None:

@@ -9,10 +9,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from slipstream.checkpoint.opening import open_checkpoint
 from slipstream.models.loading import load_weights
@@ -31,21 +42,25 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 64,
 }
 
+# Sizes of the twins that are built like Llama: 2 kv heads for 4 query heads.
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.2,
+}
+
 
 def make_llama(*, seed: int = 2, **changes: Any) -> LlamaForCausalLM:
-    """Build a Llama with llama3 rotary scaling and 2 kv heads for 4 query heads."""
-    fields: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+    """Build a Llama with llama3 rotary scaling."""
+    fields = SMALL | {
         "head_dim": 16,
-        "max_position_embeddings": POSITIONS,
         "rope_parameters": dict(LLAMA3_SCALING),
         "tie_word_embeddings": False,
-        "initializer_range": 0.2,
     }
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**(fields | changes)))
@@ -70,6 +85,44 @@ def make_gemma3(*, seed: int = 3, **changes: Any) -> Gemma3ForCausalLM:
     torch.manual_seed(seed)
     model = Gemma3ForCausalLM(Gemma3TextConfig(**(fields | changes)))
     return _finish(model, seed)
+
+
+def make_mistral(*, seed: int = 1, **changes: Any) -> MistralForCausalLM:
+    """Build a Mistral with a window of 8 and a head size that is not hidden size over heads."""
+    torch.manual_seed(seed)
+    fields = SMALL | {"head_dim": 24, "sliding_window": 8}
+    return _finish(MistralForCausalLM(MistralConfig(**(fields | changes))), seed)
+
+
+def make_qwen2(*, seed: int = 2, **changes: Any) -> Qwen2ForCausalLM:
+    """Build a Qwen2 with full attention; biases of q, k and v are the family's own."""
+    torch.manual_seed(seed)
+    return _finish(Qwen2ForCausalLM(Qwen2Config(**(SMALL | changes))), seed)
+
+
+def make_qwen3(*, seed: int = 1, **changes: Any) -> Qwen3ForCausalLM:
+    """Build a Qwen3 with heads of 32 over a hidden size of 64, and a tied head."""
+    torch.manual_seed(seed)
+    fields = SMALL | {"head_dim": 32, "tie_word_embeddings": True}
+    return _finish(Qwen3ForCausalLM(Qwen3Config(**(fields | changes))), seed)
+
+
+def make_gptj(*, seed: int = 2, **changes: Any) -> GPTJForCausalLM:
+    """Build a GPT-J that turns 8 of the 16 elements of a head."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "n_embd": 64,
+        "n_inner": 96,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": POSITIONS,
+        "rotary_dim": 8,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    return _finish(GPTJForCausalLM(GPTJConfig(**(fields | changes))), seed)
 
 
 def _finish(model: Any, seed: int) -> Any:
@@ -117,98 +170,3 @@ def load(path: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     load_weights(model, checkpoint)
     checkpoint.close()
     return model
-
-
-LLAMA_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-GEMMA3_NAMES = LLAMA_NAMES | {
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
-
-def write_gguf(model: Any, path: Path, *, quantize: bool = False) -> Path:
-    """Write a GGUF file as a converter would: llama's q and k in rotary pairs, Gemma's norms as 1 + w.
-
-    `quantize` stores the matrices as Q8_0, rounded; the input must then have rows of a multiple of 32.
-    """
-    config = model.config
-    architecture = "gemma3" if "Gemma3" in type(model).__name__ else "llama"
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    if architecture == "gemma3":
-        writer.add_sliding_window(config.sliding_window)
-        writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
-    else:
-        writer.add_rope_dimension_count(config.head_dim)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        if config.rope_parameters["rope_type"] == "llama3":
-            writer.add_tensor("rope_freqs.weight", llama3_factors(config).numpy())
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        _add_tensor(writer, architecture, config, name, tensor, quantize)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def llama3_factors(config: Any) -> torch.Tensor:
-    """Return what the plain frequencies are divided by under llama3 scaling."""
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    base = config.rope_parameters["rope_theta"]
-    plain = 1.0 / base ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    return plain / scaled
-
-
-def _add_tensor(
-    writer: gguf.GGUFWriter, architecture: str, config: Any, name: str, tensor: torch.Tensor, quantize: bool
-) -> None:
-    if architecture == "gemma3" and "norm" in name:
-        tensor = tensor + 1.0
-    if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-        halves = tensor.reshape(-1, 2, config.head_dim // 2, *tensor.shape[1:])
-        tensor = halves.transpose(1, 2).reshape(tensor.shape)
-    array = tensor.contiguous().numpy()
-    if quantize and tensor.ndim == 2:
-        kind = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(gguf_name(architecture, name), gguf.quants.quantize(array, kind), raw_dtype=kind)
-    else:
-        writer.add_tensor(gguf_name(architecture, name), array)
-
-
-def gguf_name(architecture: str, name: str) -> str:
-    outer = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    if name in outer:
-        return outer[name]
-    layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    stem, _, kind = rest.rpartition(".")
-    names = GEMMA3_NAMES if architecture == "gemma3" else LLAMA_NAMES
-    return f"blk.{layer}.{names[stem]}.{kind}"
