@@ -1,4 +1,4 @@
-"""Slipstream: LLM inference from a checkpoint to tokens. Importing it loads no torch; names load on first use."""
+"""Slipstream: LLM inference from a checkpoint to tokens. Importing it loads no torch."""
 
 from __future__ import annotations
 

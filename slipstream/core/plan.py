@@ -37,8 +37,8 @@ class RequestInit(msgspec.Struct, frozen=True):
     """Everything a runner needs to hold a request in `row`.
 
     `tokens` are the prompt and, after a preemption, the tokens generated so far; the first `num_computed` of
-    them already stand in the cache. `blocks[g]` is the block table of cache group g, -1 where a window no
-    longer needs the entry.
+    them already stand in the cache. `blocks[g]` is the block table of cache group g, 0 (the null page) where
+    a window no longer needs the entry.
     """
 
     row: int

@@ -45,10 +45,16 @@ class StepRunner(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class StepHandle:
-    """One launched step. `logits_RV` are of the rows of `plan.sample`, in that order."""
+    """One launched step. `logits_RV` are of the rows of `plan.sample`, in that order.
+
+    `is_finite_R` says of `quiet_rows`, whose spans are not sampled, whether their last hidden state is
+    finite: a bad chunk must be known before its pages are reused.
+    """
 
     plan: StepPlan
     logits_RV: Tensor | None = None
+    quiet_rows: list[int] = dataclasses.field(default_factory=list[int])
+    is_finite_R: Tensor | None = None
     sampled: SampleOutput | None = None
     error: str | None = None
 
@@ -93,7 +99,7 @@ class Runner:
         try:
             with torch.inference_mode():
                 self._apply(plan)
-                handle.logits_RV = self._forward(plan)
+                self._forward(handle)
         except Exception as error:
             logger.exception("step %d failed", plan.step_id)
             handle.error = f"the step failed: {type(error).__name__}"
@@ -113,16 +119,25 @@ class Runner:
             pairs = torch.tensor([list(sources), list(sources.values())], device=self._device)
             self.pages[pairs[0]] = self.pages[pairs[1]]
 
-    def _forward(self, plan: StepPlan) -> Tensor | None:
+    def _forward(self, handle: StepHandle) -> None:
+        plan = handle.plan
         for span in plan.spans:
             if span.stream != "decoder" or span.parents is not None or not span.causal:
                 raise UnsupportedError("Encoder, tree and non-causal spans are not served by this version.")
         inputs = self.rows.inputs(plan.spans)
         batch = self._batch(plan, inputs)
         hidden_TD = self.model.forward(batch)
-        if not plan.sample:
-            return None
-        return self.model.logits(hidden_TD[batch.logits_idx])
+        if len(plan.sample) < len(plan.spans):
+            sampled = set(plan.sample)
+            ends = np.cumsum(inputs.query_lens) - 1
+            quiet = [
+                (span.row, end) for span, end in zip(plan.spans, ends, strict=True) if span.row not in sampled
+            ]
+            handle.quiet_rows = [row for row, _ in quiet]
+            last = torch.tensor([int(end) for _, end in quiet]).to(self._device, non_blocking=True)
+            handle.is_finite_R = hidden_TD[last].isfinite().all(dim=1)
+        if plan.sample:
+            handle.logits_RV = self.model.logits(hidden_TD[batch.logits_idx])
 
     def _batch(self, plan: StepPlan, inputs: StepInputs) -> ForwardBatch:
         return ForwardBatch(
@@ -171,6 +186,9 @@ class Runner:
             rows = [span.row for span in plan.spans]
             return StepResult(plan.step_id, row_errors=dict.fromkeys(rows, handle.error))
         result = StepResult(plan.step_id, executed_tokens=plan.num_tokens)
+        if handle.is_finite_R is not None and not bool(handle.is_finite_R.all()):
+            finite = zip(handle.quiet_rows, handle.is_finite_R.tolist(), strict=True)
+            result.row_errors = {row: STATUS_MESSAGES[1] for row, is_finite in finite if not is_finite}
         if handle.sampled is None:
             return result
         ids = handle.sampled.token_ids_R.tolist()

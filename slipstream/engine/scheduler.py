@@ -171,6 +171,7 @@ class Scheduler:
         self._is_short = False
         self._plan_decodes(plan, entries)
         budget = self._max_num_tokens - len(plan.spans)
+        num_decodes = len(plan.spans)
         budget = self._plan_chunks(plan, entries, budget)
         if not self._is_short:
             budget = self._plan_admissions(plan, entries, budget)
@@ -178,6 +179,8 @@ class Scheduler:
             self._rows.cancel_plan(removed)
             return None
         plan.removed = removed
+        # Short spans first: backends take the leading rows of one token together.
+        plan.spans[num_decodes:] = sorted(plan.spans[num_decodes:], key=lambda span: span.len)
         self._next_step_id += 1
         self._outstanding.append((plan.step_id, entries))
         stats = self.stats
