@@ -25,6 +25,7 @@ from slipstream.text.tokenizer import FastTokenizer, add_tokens
 from slipstream.text.vocab_checks import check_unique
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+WHOLE = (UNKNOWN, CONTROL, USER_DEFINED)
 NAMES = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -93,13 +94,13 @@ class Vocabulary:
                 "The GGUF file holds no tokens (tokenizer.ggml.tokens); convert the model again."
             )
         self.types = self._numbers("token_type", len(tokens), int(NORMAL))
-        self.tokens = [self._spell(token, kind) for token, kind in zip(tokens, self.types, strict=True)]
+        self.tokens = spell_bytes(tokens, self.types) if self.is_byte_level else spell_spaces(tokens)
         check_unique(self.tokens, "tokenizer.ggml.tokens of the GGUF file")
         self.scores = self._numbers("scores", len(tokens), 0.0)
         self.named = {
             name: self.tokens[i] for name, key in NAMES.items() if (i := self.token_id(key)) is not None
         }
-        self.ids = {token: token_id for token_id, token in enumerate(self.tokens)}
+        self.ids = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{key}", default)
@@ -127,14 +128,23 @@ class Vocabulary:
             )
         return values.tolist() if hasattr(values, "tolist") else list(values)
 
-    def _spell(self, token: str, kind: int) -> str:
-        """Return the token as its model spells it; some files write spaces and bytes plainly."""
-        if not self.is_byte_level:
-            is_spaces = len(token) > 1 and token.startswith("  ") and not token.strip(" ")
-            return SPACE_MARK * len(token) if is_spaces else token
-        if kind != NORMAL or all(character in BYTE_OF for character in token):
-            return token
-        return "".join(ALPHABET[byte] for byte in token.encode())
+
+def spell_spaces(tokens: Sequence[str]) -> list[str]:
+    """Return SentencePiece's own spelling; some files write runs of spaces plainly."""
+    return [
+        SPACE_MARK * len(token) if token[:2] == "  " and not token.strip(" ") else token for token in tokens
+    ]
+
+
+def spell_bytes(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
+    """Return normal tokens in the byte alphabet; some files write characters outside it plainly."""
+    known = BYTE_OF.keys()
+    return [
+        "".join(ALPHABET[byte] for byte in token.encode())
+        if kind == NORMAL and not known >= set(token)
+        else token
+        for token, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def build_byte_level(vocabulary: Vocabulary) -> Backend:
@@ -153,6 +163,7 @@ def build_sentencepiece(vocabulary: Vocabulary) -> Backend:
     merges = split_merges(vocabulary.get("merges"))
     if merges is None:
         kinds = vocabulary.types
+        # SentencePiece matches user-defined pieces before it merges anything.
         top = max(vocabulary.scores) + 1
         priority = [
             top if kind == USER_DEFINED else score
@@ -206,11 +217,13 @@ def build_bpe(vocabulary: Vocabulary, merges: list[tuple[str, str]], **options: 
 def add_whole_tokens(backend: Backend, vocabulary: Vocabulary) -> None:
     """Keep control and user-defined tokens whole; flag the former, and every named one, as special."""
     named = set(vocabulary.named.values())
+    kinds = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    candidates = [(token, kind) for token, kind in kinds if kind in WHOLE or token in named]
     added: list[AddedToken] = []
-    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        is_control = kind in (UNKNOWN, CONTROL) or token in named
+    for token, kind in candidates:
+        is_control = kind != USER_DEFINED or token in named
         # Runs of spaces are found by merging: normalisation rewrites them before added tokens could match.
-        if is_control or (kind == USER_DEFINED and token.strip(SPACE_MARK)):
+        if is_control or token.strip(SPACE_MARK):
             added.append(AddedToken(token, normalized=False, special=is_control))
     add_tokens(backend, added)
 
