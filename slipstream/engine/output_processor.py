@@ -207,7 +207,8 @@ class OutputProcessor:
             if self._take(pending, event, now):
                 aborts.append((event.request_id, event.index))
         for request_id, pending in touched.items():
-            self._emit(request_id, pending)
+            if not self._emit(request_id, pending):
+                aborts += self._drop(request_id, pending)
         return aborts
 
     def _take(self, pending: Pending, event: TokenEvent, now: float) -> bool:
@@ -234,12 +235,23 @@ class OutputProcessor:
                 pending.metrics.finished_s = now
         return must_abort
 
-    def _emit(self, request_id: str, pending: Pending) -> None:
+    def _emit(self, request_id: str, pending: Pending) -> bool:
+        """Deliver what is due; False where the listener raised: its request goes, the engine stays."""
         if pending.num_open == 0:
             del self._pending[request_id]
         elif not pending.streams or all(s.num_new_tokens < pending.interval for s in pending.samples):
-            return
-        pending.listener(pending.output())
+            return True
+        try:
+            pending.listener(pending.output())
+        except Exception:
+            logger.exception("the listener of request %s failed", request_id)
+            return False
+        return True
+
+    def _drop(self, request_id: str, pending: Pending) -> list[tuple[str, int]]:
+        """Forget a request that nobody listens to; returns the samples that still run."""
+        self._pending.pop(request_id, None)
+        return [(request_id, sample.output.index) for sample in pending.samples if not sample.is_finished]
 
     def fail_all(self, message: str) -> None:
         """End every pending request with an error: the engine has stopped."""

@@ -117,9 +117,6 @@ def test_sampled_outputs_are_random(subject: Subject) -> None:
     assert sum(a != b[: len(a)] for a, b in by_seed) > len(SAMPLED) // 2
 
 
-# -- each setting, with what its counters must show --------------------------------------------------------
-
-
 def had_batches(stats: Stats) -> bool:
     return stats["num_plans"] * 8 < stats["executed_tokens"]
 
@@ -237,8 +234,6 @@ def test_one_changed_weight_is_noticed(subject: Subject) -> None:
     with pytest.raises(AssertionError, match="depend on more"):
         assert_same(changed, subject.greedy)
 
-
-# -- n samples ---------------------------------------------------------------------------------------------
 
 NUM_SAMPLES = 4
 LIMITS = Limits(vocab_size=VOCAB, max_seq_len=LONGEST)
