@@ -140,9 +140,7 @@ def spell_bytes(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
     """Return normal tokens in the byte alphabet; some files write characters outside it plainly."""
     known = BYTE_OF.keys()
     return [
-        "".join(ALPHABET[byte] for byte in token.encode())
-        if kind == NORMAL and not known >= set(token)
-        else token
+        token if kind != NORMAL or known >= set(token) else "".join(ALPHABET[byte] for byte in token.encode())
         for token, kind in zip(tokens, types, strict=True)
     ]
 
