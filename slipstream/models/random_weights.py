@@ -72,7 +72,7 @@ class _Noise:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.generators: dict[torch.device, torch.Generator] = {}
-        self.tile: Tensor | None = None
+        self.tiles: dict[torch.dtype, Tensor] = {}
         self.position = 0
 
     def fill(self, x: Tensor, deviation: float) -> None:
@@ -88,12 +88,13 @@ class _Noise:
         return self.generators[device]
 
     def _fill_by_tile(self, flat: Tensor, deviation: float) -> None:
-        if self.tile is None:
-            self.tile = torch.empty(TILE_ELEMENTS).normal_(generator=self._generator(flat.device))
-        done = 0
+        if flat.dtype not in self.tiles:
+            tile = torch.empty(TILE_ELEMENTS).normal_(generator=self._generator(flat.device))
+            self.tiles[flat.dtype] = tile.to(flat.dtype)
+        tile, done = self.tiles[flat.dtype], 0
         while done < flat.numel():
             count = min(flat.numel() - done, TILE_ELEMENTS - self.position)
-            part = self.tile[self.position : self.position + count]
+            part = tile[self.position : self.position + count]
             torch.mul(part, deviation, out=flat[done : done + count])
             done += count
             self.position = (self.position + count) % TILE_ELEMENTS

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from slipstream.core.errors import CheckpointError
+from slipstream.core.sampling_params import SamplingParams
 from slipstream.layers.linear import Linear
+from slipstream.llm import LLM
 from slipstream.models.registry import ARCHITECTURES
 from tests.models.families import FAMILIES
 from tests.models.gguf_twins import write_gguf
 from tests.models.harness import PagedRunner
 from tests.models.parity import (
     CHUNKS,
+    NUM_NEW,
     PROMPT_LEN,
     assert_same_greedy,
     assert_same_logits,
@@ -62,6 +65,14 @@ def test_logits_and_greedy_tokens_match(twin: Any, greedy: list[int], folder: Pa
     ours = load(folder)
     assert_same_logits(ours, twin, chunk=chunk)
     assert_same_greedy(ours, greedy, chunk=chunk)
+
+
+def test_the_engine_says_the_same(greedy: list[int], folder: Path) -> None:
+    params = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)
+    prompts = [prompt_of(PROMPT_LEN), prompt_of(5, seed=12)]
+    with LLM(folder, skip_tokenizer_init=True, device="cpu", max_num_tokens=16, max_batch_size=2) as llm:
+        first, _ = llm.generate(prompts, params)
+    assert first.error is None and first.outputs[0].token_ids == greedy
 
 
 def test_gguf_twin_matches(twin: Any, tmp_path: Path) -> None:

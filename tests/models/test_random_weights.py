@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,22 @@ def test_a_deep_model_in_bfloat16_stays_finite() -> None:
     assert bool(logits.isfinite().all())
     # A unit vector times rows of unit length per input: logits of about 1.
     assert 0.5 < float(logits.std()) < 2.0
+
+
+@pytest.mark.gpu
+def test_eight_billion_weights_are_made_on_the_gpu_in_seconds() -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128_256}
+    config = LlamaConfig.from_hf(CONFIG | sizes | {"num_attention_heads": 32, "num_key_value_heads": 8})
+    device = torch.device("cuda")
+    model = Llama(config, mesh=Mesh(), quant=Unquantized(), dtype=torch.bfloat16, device=device)
+    torch.cuda.synchronize()
+    allocated, started = torch.cuda.memory_allocated(), time.monotonic()
+    fill_random(model)
+    torch.cuda.synchronize()
+    assert time.monotonic() - started < 3.0
+    # No copy of a parameter, on either side.
+    assert torch.cuda.max_memory_allocated() - allocated < 16 << 20
+    assert all(bool(parameter.data.isfinite().all()) for parameter in model.parameters())
 
 
 def test_loading_fills_and_reports_progress(folder: Path) -> None:
