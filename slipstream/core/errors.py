@@ -43,8 +43,8 @@ class RequestError(SlipstreamError, ValueError):
     """One request is refused or failed; every other request goes on.
 
     `param` names the offending field ("" where none is), `code` is a stable machine-readable word:
-    `invalid_value`, `context_length_exceeded`, `unsupported`, `numerical_error`, `processing_error`,
-    `engine_stopped`.
+    `invalid_value`, `context_length_exceeded`, `unsupported`, `template_error`, `numerical_error`,
+    `processing_error`, `engine_stopped`.
     """
 
     def __init__(self, message: str, *, param: str = "", code: str = "invalid_value") -> None:

@@ -124,6 +124,8 @@ class Runner:
         for span in plan.spans:
             if span.stream != "decoder" or span.parents is not None or not span.causal:
                 raise UnsupportedError("Encoder, tree and non-causal spans are not served by this version.")
+        if not plan.spans:
+            return
         inputs = self.rows.inputs(plan.spans)
         batch = self._batch(plan, inputs)
         hidden_TD = self.model.forward(batch)
