@@ -25,6 +25,8 @@ def aliases_of(owner: str) -> dict[str, str]:
 
 
 def advice_on(owner: str, name: str) -> str:
-    """Return what to use instead of a refused name, or an empty string for a name nobody has."""
+    """Return the end of a sentence, what to use instead of a refused name; empty for a name nobody has."""
     row = names_of(owner).get(name)
-    return row.note if row is not None and row.kind == "refused" else ""
+    if row is None or row.kind != "refused":
+        return ""
+    return row.note if row.note.endswith("...") else f"{row.note}."

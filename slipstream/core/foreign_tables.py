@@ -2,7 +2,7 @@
 
 A refused row's note continues the sentence "... has no option 'x'; ". After a change:
 `python tools/write_migrating.py` renews `docs/migrating.md`. Sources: the public arguments of TensorRT-LLM
-(`TorchLlmArgs`, `trtllm-serve`), vLLM (`EngineArgs`, `vllm bench`) and SGLang (`ServerArgs`), of 2025 and 2026.
+(`TorchLlmArgs`, `trtllm-serve`), vLLM (`EngineArgs`, `vllm bench`) and SGLang (`ServerArgs`), 2025 to 2026.
 """
 
 from __future__ import annotations

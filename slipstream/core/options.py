@@ -47,7 +47,7 @@ def translate(
         if name not in names:
             advice = advice_on(owner, key)
             if advice:
-                raise ConfigError(f"{owner} has no option {key!r}; {advice}.")
+                raise ConfigError(f"{owner} has no option {key!r}; {advice}")
             raise ConfigError(
                 f"{owner} has no option {key!r}; valid: {', '.join(names)}.{nearest(key, [*names, *aliases])}"
             )

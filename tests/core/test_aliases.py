@@ -22,7 +22,7 @@ def test_each_name_has_one_row() -> None:
 def test_a_row_says_where_it_comes_from_and_what_to_do(owner: str, row: ForeignName) -> None:
     assert set(row.engines) <= set(ENGINES) and list(row.engines) == sorted(row.engines, key="TVS".index)
     # It continues a sentence, and ends before its full stop.
-    assert not row.note.endswith(".") and row.note.strip() == row.note
+    assert not row.note.removesuffix("...").endswith(".") and row.note.strip() == row.note
     if row.kind == "refused":
         assert row.note and row.name not in aliases_of(owner)
     if owner == "command line":
@@ -46,6 +46,8 @@ def test_lookups_of_an_owner() -> None:
     assert aliases_of("KvCacheConfig") == {"block_size": "tokens_per_block", "page_size": "tokens_per_block"}
     assert "max_batch_size" in advice_on("EngineConfig", "max_running_requests")
     assert advice_on("EngineConfig", "max_num_seqs") == advice_on("EngineConfig", "nobody_says_so") == ""
+    assert advice_on("EngineConfig", "tokenizer_path") == "use tokenizer=..."
+    assert advice_on("EngineConfig", "disable_cuda_graph") == "use enforce_eager=True."
     assert aliases_of("NoSuchRecord") == {} and advice_on("NoSuchRecord", "x") == ""
 
 
