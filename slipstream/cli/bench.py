@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slipstream.cli.console import note, show_start
+from slipstream.cli.engine_import import import_llm
 from slipstream.cli.options import EngineOptions, spread, text_option, tokens_option
 from slipstream.cli.sizes import parse_counts
 
@@ -134,14 +135,14 @@ class BenchJob:
 
     def _start(self) -> LLM:
         from slipstream.core.errors import OutOfMemoryError
-        from slipstream.llm import LLM
 
+        llm_class = import_llm()
         pool = self._cpu_pool_tokens()
         kv: dict[str, Any] = {"enable_block_reuse": self.options.reuse}
         if pool is not None:
             kv["max_tokens"] = pool
         try:
-            return LLM(self.model, **self.engine.to_llm_options(**kv))
+            return llm_class(self.model, **self.engine.to_llm_options(**kv))
         except OutOfMemoryError as error:
             if pool is None:
                 raise

@@ -16,6 +16,7 @@ import typer
 
 from slipstream.cli.console import describe, note, show_start, use_stdout_for_text, write_piece
 from slipstream.cli.conversation import Conversation
+from slipstream.cli.engine_import import import_llm
 from slipstream.cli.options import EngineOptions, SamplingOptions, spread, text_option
 from slipstream.core.errors import ConfigError, RequestError, nearest
 
@@ -46,9 +47,10 @@ class ChatJob:
 
     def __call__(self) -> None:
         use_stdout_for_text()
-        from slipstream.llm import LLM
+        llm_class = import_llm()
 
-        with LLM(self.model, use_tqdm=False if self.quiet else None, **self.engine.to_llm_options()) as llm:
+        bar = False if self.quiet else None
+        with llm_class(self.model, use_tqdm=bar, **self.engine.to_llm_options()) as llm:
             if llm.tokenizer.chat_template is None:
                 raise ConfigError(
                     f"{self.model} has no chat template, so it cannot chat; use `slipstream run --raw` to "

@@ -19,12 +19,13 @@ from typer.core import TyperGroup
 
 from slipstream.cli.bench import latency, throughput
 from slipstream.cli.chat import chat
+from slipstream.cli.engine_import import EXIT_INTERRUPTED
 from slipstream.cli.options import HABITS, normalize_name
 from slipstream.cli.run import run
 from slipstream.core import env
 from slipstream.core.errors import ConfigError, SlipstreamError, nearest
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 1, 2, 130, 141
+EXIT_FAILED, EXIT_USAGE, EXIT_PIPE_CLOSED = 1, 2, 141
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slipstream.cli.console import describe, note, read_stdin, show_start, use_stdout_for_text, write_piece
+from slipstream.cli.engine_import import import_llm
 from slipstream.cli.options import EngineOptions, SamplingOptions, spread, text_option
 from slipstream.core.errors import ConfigError
 
@@ -39,9 +40,11 @@ class RunJob:
         prompt = read_stdin() if self.prompt in (None, "-") else str(self.prompt)
 
         from slipstream.bench.peak_memory import peak_memory_bytes
-        from slipstream.llm import LLM
 
-        with LLM(self.model, use_tqdm=False if self.quiet else None, **self.engine.to_llm_options()) as llm:
+        llm_class = import_llm()
+
+        bar = False if self.quiet else None
+        with llm_class(self.model, use_tqdm=bar, **self.engine.to_llm_options()) as llm:
             if not self.quiet:
                 show_start(llm)
             output = stream(self._start(llm, prompt), write_piece)
