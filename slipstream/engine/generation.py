@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 
 from slipstream.core.outputs import RequestOutput
@@ -34,10 +35,12 @@ class Generation:
         self._abort(self.request_id)
 
     def result(self, timeout: float | None = None) -> RequestOutput:
-        """Block until the request is finished. Raises TimeoutError after `timeout` seconds."""
+        """Block until the request is finished. Raises TimeoutError after `timeout` seconds in all."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         while not self._is_finished:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                self._last = self._outputs.get(timeout=timeout)
+                self._last = self._outputs.get(timeout=left)
             except queue.Empty:
                 raise TimeoutError(f"Request {self.request_id} did not finish in {timeout} s.") from None
         assert self._last is not None

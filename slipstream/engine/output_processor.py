@@ -194,6 +194,10 @@ class OutputProcessor:
             request, self._tokenizer, listener, streams=streams, interval=self._interval
         )
 
+    def discard(self, request_id: str) -> None:
+        """Forget a request that was not submitted after all; its listener hears nothing."""
+        self._pending.pop(request_id, None)
+
     def process(self, events: Sequence[TokenEvent]) -> list[tuple[str, int]]:
         """Take events in; returns the (request id, sample) pairs that the engine must now abort."""
         aborts: list[tuple[str, int]] = []

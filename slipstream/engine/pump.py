@@ -37,9 +37,16 @@ class Pump:
         with self._lock:
             if self._failure is not None or self._is_stopping.is_set():
                 raise EngineError(self._failure or "The engine is shut down; create a new LLM.")
-            for request, listener in requests:
-                self.processor.add(request, listener, streams=streams)
-            self.client.submit([request for request, _ in requests])
+            added: list[Request] = []
+            try:
+                for request, listener in requests:
+                    self.processor.add(request, listener, streams=streams)
+                    added.append(request)
+                self.client.submit(added)
+            except Exception:
+                for request in added:
+                    self.processor.discard(request.request_id)
+                raise
 
     def _run(self) -> None:
         try:
