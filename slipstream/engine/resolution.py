@@ -185,12 +185,12 @@ _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**
 
 def parse_bytes(value: int | str) -> int:
     """Return a number of bytes from 1073741824, "40GiB", "512MB" or "2g"."""
-    if isinstance(value, int):
-        return value
-    text = value.strip().upper().removesuffix("B")
+    text = str(value).strip().upper().removesuffix("B")
     number = text.rstrip("KMGI")
-    unit = text[len(number) :]
     try:
-        return int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError):
-        raise ConfigError(f"{value!r} is not a size; write bytes or e.g. '512MiB', '40GiB'.") from None
+        size = value if isinstance(value, int) else int(float(number) * _UNITS[text[len(number) :]])
+    except (KeyError, ValueError, OverflowError):
+        size = -1
+    if size < 0:
+        raise ConfigError(f"{value!r} is not a size; write bytes or e.g. '512MiB', '40GiB'.")
+    return size
