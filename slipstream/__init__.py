@@ -14,6 +14,8 @@ _EXPORTS = {
     "CompletionOutput": "slipstream.core.outputs",
     "RequestError": "slipstream.core.errors",
     "KvCacheConfig": "slipstream.cache.config",
+    "KvCacheRetentionConfig": "slipstream.core.kv_retention",
+    "TokenRangeRetentionConfig": "slipstream.core.kv_retention",
     "SchedulerConfig": "slipstream.engine.config",
     "CapacitySchedulerPolicy": "slipstream.engine.config",
     "ContextChunkingPolicy": "slipstream.engine.config",
@@ -23,6 +25,8 @@ __all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
 if TYPE_CHECKING:
     from slipstream.cache.config import KvCacheConfig as KvCacheConfig
     from slipstream.core.errors import RequestError as RequestError
+    from slipstream.core.kv_retention import KvCacheRetentionConfig as KvCacheRetentionConfig
+    from slipstream.core.kv_retention import TokenRangeRetentionConfig as TokenRangeRetentionConfig
     from slipstream.core.outputs import CompletionOutput as CompletionOutput
     from slipstream.core.outputs import RequestOutput as RequestOutput
     from slipstream.core.sampling_params import SamplingParams as SamplingParams

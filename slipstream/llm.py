@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from slipstream.core.errors import RequestError
+from slipstream.core.kv_retention import KvCacheRetentionConfig
 from slipstream.core.outputs import CompletionOutput, RequestOutput
-from slipstream.core.request import Request
+from slipstream.core.request import Request, RequestOptions
 from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine.assembly import Assembly, assemble
 from slipstream.engine.client import InProcessClient
@@ -78,16 +79,20 @@ class LLM:
         *,
         use_tqdm: bool | None = None,
         raise_on_error: bool = False,
+        timeout_s: float | None = None,
+        kv_cache_retention_config: KvCacheRetentionConfig | None = None,
     ) -> Any:
         """Complete one prompt (returns a RequestOutput) or a list of prompts (returns a list, in order).
 
         A prompt is a string, a list of token ids, {"prompt": str} or {"prompt_token_ids": ids}. One
         `sampling_params` serves all prompts, or a list gives one each. A refused or failed prompt has its
-        `error` set and never loses the others, unless `raise_on_error`.
+        `error` set and never loses the others, unless `raise_on_error`. What takes longer than `timeout_s`
+        ends with finish_reason "timeout" and what it has.
         """
         batch, is_single = split_prompts(prompts)
         encoded = [self._prompts.encode(prompt) for prompt in batch]
-        outputs = self._run(encoded, sampling_params, use_tqdm, raise_on_error)
+        options = RequestOptions(timeout_s=timeout_s, kv_retention=kv_cache_retention_config)
+        outputs = self._run(encoded, sampling_params, options, use_tqdm, raise_on_error)
         return outputs[0] if is_single else outputs
 
     def chat(
@@ -99,6 +104,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool | None = None,
         raise_on_error: bool = False,
+        timeout_s: float | None = None,
+        kv_cache_retention_config: KvCacheRetentionConfig | None = None,
     ) -> Any:
         """Answer one conversation (a list of {"role", "content"}) or a list of conversations."""
         is_single = not messages or isinstance(messages[0], Mapping)
@@ -107,7 +114,8 @@ class LLM:
             self._prompts.encode_chat(conversation, add_generation_prompt, chat_template_kwargs or {})
             for conversation in conversations
         ]
-        outputs = self._run(encoded, sampling_params, use_tqdm, raise_on_error)
+        options = RequestOptions(timeout_s=timeout_s, kv_retention=kv_cache_retention_config)
+        outputs = self._run(encoded, sampling_params, options, use_tqdm, raise_on_error)
         return outputs[0] if is_single else outputs
 
     def generate_async(
@@ -117,13 +125,16 @@ class LLM:
         *,
         streaming: bool = False,
         request_id: str | None = None,
+        timeout_s: float | None = None,
+        kv_cache_retention_config: KvCacheRetentionConfig | None = None,
     ) -> Generation:
         """Start one prompt and return at once; iterate (`for`, `async for`), await or `result()` the handle.
 
         With `streaming` every update is an output, with `text_diff` and `token_ids_diff`; without it only the
         last. Raises RequestError where the prompt is refused.
         """
-        return self._start(self._prompts.encode(prompt), sampling_params, streaming, request_id)
+        options = RequestOptions(timeout_s=timeout_s, kv_retention=kv_cache_retention_config)
+        return self._start(self._prompts.encode(prompt), sampling_params, options, streaming, request_id)
 
     def chat_async(
         self,
@@ -134,15 +145,23 @@ class LLM:
         request_id: str | None = None,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+        kv_cache_retention_config: KvCacheRetentionConfig | None = None,
     ) -> Generation:
         """Start one conversation's answer; see `generate_async`."""
         encoded = self._prompts.encode_chat(messages, add_generation_prompt, chat_template_kwargs or {})
-        return self._start(encoded, sampling_params, streaming, request_id)
+        options = RequestOptions(timeout_s=timeout_s, kv_retention=kv_cache_retention_config)
+        return self._start(encoded, sampling_params, options, streaming, request_id)
 
     def _start(
-        self, encoded: Encoded, params: SamplingParams | None, streaming: bool, request_id: str | None
+        self,
+        encoded: Encoded,
+        params: SamplingParams | None,
+        options: RequestOptions,
+        streaming: bool,
+        request_id: str | None,
     ) -> Generation:
-        request = self._request(encoded, params or SamplingParams(), request_id)
+        request = self._request(encoded, params or SamplingParams(), options, request_id)
         generation = Generation(request.request_id, self._pump.client.abort)
         self._pump.submit([(request, generation.put)], streams=streaming)
         return generation
@@ -151,6 +170,7 @@ class LLM:
         self,
         encoded: Sequence[Encoded],
         params: SamplingParams | Sequence[SamplingParams] | None,
+        options: RequestOptions,
         use_tqdm: bool | None,
         raise_on_error: bool,
     ) -> list[RequestOutput]:
@@ -160,7 +180,7 @@ class LLM:
         batch: list[tuple[Request, Any]] = []
         for item, one in zip(encoded, each, strict=True):
             try:
-                request = self._request(item, one, None)
+                request = self._request(item, one, options, None)
             except RequestError as error:
                 if raise_on_error:
                     raise
@@ -193,7 +213,9 @@ class LLM:
             raise
         return outputs
 
-    def _request(self, encoded: Encoded, params: SamplingParams, request_id: str | None) -> Request:
+    def _request(
+        self, encoded: Encoded, params: SamplingParams, options: RequestOptions, request_id: str | None
+    ) -> Request:
         if encoded.error is not None:
             raise encoded.error
         ordinal = next(self._ordinals)
@@ -204,6 +226,7 @@ class LLM:
             request_id=request_id or f"{self._llm_id}-{ordinal}",
             prompt=encoded.text,
             default_seed=None if self._seed is None else (self._seed + ordinal) % 2**63,
+            options=options,
         )
         if request.stop and self._assembly.tokenizer is None:
             raise RequestError(

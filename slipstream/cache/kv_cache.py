@@ -69,13 +69,18 @@ class KvCache:
         )
 
     def pages_ahead(self, table: BlockTable, num_tokens: int, *, max_span: int) -> int:
-        """Return how many more pages a running sequence may come to hold until it has `num_tokens`."""
+        """Return how many more pages a running sequence may take until it has `num_tokens`.
+
+        Behind a window it takes new pages for those it gives back, but a page that others hold too does not
+        come back when this sequence leaves it: only pages of its own count.
+        """
         blocks = -(-num_tokens // self.block_tokens) - table.capacity // self.block_tokens
         ahead = 0
         for window, held, first in zip(self._windows, table.pages, table.first_live, strict=True):
             bound = blocks
             if window:
-                bound = min(blocks, self._window_blocks(window + max_span) + 1 - (len(held) - first))
+                own = sum(self.pool.references(page) == 1 for page in held[first:])
+                bound = min(blocks, self._window_blocks(window + max_span) + 1 - own)
             ahead += max(0, bound)
         return ahead
 

@@ -16,12 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from slipstream.core.errors import RequestError
+from slipstream.core.kv_retention import KvCacheRetentionConfig
 from slipstream.core.limits import Limits
 from slipstream.core.plan import LogitsKind
 from slipstream.core.sampling_params import RowSampling, SamplingParams
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 MAX_TOP_K = 2**31 - 1
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
+MAX_TIMEOUT_S = 30 * 24 * 3600.0
 MAX_REQUEST_ID_LENGTH = 256
 SALT_PATTERN = re.compile(r"[!-~]+")
 FLAGS = (
@@ -48,8 +51,18 @@ UNSERVED: dict[str, bool | int | None] = {
     "truncate_prompt_tokens": None,
     "guided_decoding": None,
     "logits_processor": None,
-    "priority": 0,
 }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """What a caller may say of a request beside its sampling: every door takes these by name.
+
+    `timeout_s` bounds its life, queue included. `kv_retention` says how long its cached content is kept.
+    """
+
+    timeout_s: float | None = None
+    kv_retention: KvCacheRetentionConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,9 +70,9 @@ class Request:
     """One checked prompt with everything resolved; frozen, so any thread may read it.
 
     `max_tokens` is never None. `stop_token_ids` are the ids that end the request, `stop` the strings. The
-    noise of sample i at output position p is a function of (`seed`, i, p) alone. `deadline_s` is on the
-    monotonic clock; `logits` names what the request wants beside tokens. `kv_params` is opaque to
-    everyone but a KV connector.
+    noise of sample i at output position p is a function of (`seed`, i, p) alone. Lower `priority` runs
+    earlier. `deadline_s` is on the monotonic clock; `logits` names what the request wants beside tokens.
+    `kv_params` is opaque to everyone but a KV connector.
     """
 
     request_id: str
@@ -75,7 +88,9 @@ class Request:
     num_samples: int
     cache_salt: str | None
     arrival_s: float
+    priority: int = 0
     deadline_s: float | None = None
+    kv_retention: KvCacheRetentionConfig | None = None
     logits: tuple[LogitsKind, ...] = ()
     kv_params: Any = None
     lora: None = None
@@ -91,11 +106,13 @@ class Request:
         prompt: str | None = None,
         default_seed: int | None = None,
         arrival_s: float | None = None,
+        options: RequestOptions | None = None,
     ) -> Request:
         """Check everything against `limits` and resolve what is unset.
 
         `default_seed` seeds a request that brings none; the caller varies it per request. With neither, the
-        seed is fresh randomness. `arrival_s` is on the monotonic clock. Raises RequestError.
+        seed is fresh randomness. `arrival_s` is on the monotonic clock; a time-out counts from it. Raises
+        RequestError.
         """
         if not isinstance(cast(object, params), SamplingParams):
             raise _refused("params", f"must be a SamplingParams, not {_shown(params)}")
@@ -109,6 +126,8 @@ class Request:
         seed = default_seed if params.seed is None else params.seed
         if seed is None:
             seed = secrets.randbits(64)
+        arrival_s = time.monotonic() if arrival_s is None else arrival_s
+        options = options or RequestOptions()
         return cls(
             request_id=request_id,
             prompt_token_ids=ids,
@@ -122,7 +141,10 @@ class Request:
             sample_idx=0,
             num_samples=_integer(params.n, "n", 1, limits.max_n),
             cache_salt=_cache_salt(params.cache_salt, limits),
-            arrival_s=time.monotonic() if arrival_s is None else arrival_s,
+            arrival_s=arrival_s,
+            priority=_integer(params.priority, "priority", MIN_PRIORITY, MAX_PRIORITY, "lower is earlier"),
+            deadline_s=_deadline(options.timeout_s, arrival_s),
+            kv_retention=_kv_retention(options.kv_retention),
         )
 
     def samples(self) -> list[Request]:
@@ -245,6 +267,21 @@ def _logit_bias(given: Mapping[int, float] | None, limits: Limits) -> tuple[tupl
     return tuple(sorted(bias.items()))
 
 
+def _deadline(given: float | None, arrival_s: float) -> float | None:
+    if given is None:
+        return None
+    value = _number(given, "timeout_s", 0.0, MAX_TIMEOUT_S, "leave it None for no time-out")
+    if value == 0.0:
+        raise _refused("timeout_s", "must be above 0 seconds, not 0; leave it None for no time-out")
+    return arrival_s + value
+
+
+def _kv_retention(given: KvCacheRetentionConfig | None) -> KvCacheRetentionConfig | None:
+    if given is not None and not isinstance(cast(object, given), KvCacheRetentionConfig):
+        raise _refused("kv_cache_retention_config", f"must be a KvCacheRetentionConfig, not {_shown(given)}")
+    return given
+
+
 def _cache_salt(given: str | None, limits: Limits) -> str | None:
     if given is None:
         return None
@@ -257,7 +294,7 @@ def _cache_salt(given: str | None, limits: Limits) -> str | None:
 def _check_served(params: SamplingParams) -> None:
     for name, unset in UNSERVED.items():
         value = getattr(params, name)
-        if value is unset or (name == "priority" and type(value) is int and value == 0):
+        if value is unset:
             continue
         raise RequestError(
             f"{name}={_shown(value)} is not served by this version; leave it unset ({unset!r}).",

@@ -144,6 +144,7 @@ def _build_engine(
         max_batch_size=resolved.max_batch_size,
         max_num_tokens=resolved.max_num_tokens,
         enable_chunked_prefill=resolved.enable_chunked_prefill,
+        policy=resolved.capacity_policy,
     )
     runner = Runner(
         model,

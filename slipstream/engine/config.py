@@ -15,7 +15,12 @@ from slipstream.core.options import options
 
 
 class CapacitySchedulerPolicy(enum.Enum):
-    """When is a request admitted? MAX_UTILIZATION admits what fits now and preempts when memory runs out."""
+    """When is a request admitted?
+
+    MAX_UTILIZATION admits what fits now and preempts when pages run out. GUARANTEED_NO_EVICT admits only what
+    fits beside every running request at its longest, and never preempts. STATIC_BATCH does so too, and admits
+    only into an empty engine.
+    """
 
     MAX_UTILIZATION = "MAX_UTILIZATION"
     GUARANTEED_NO_EVICT = "GUARANTEED_NO_EVICT"
@@ -31,15 +36,22 @@ class ContextChunkingPolicy(enum.Enum):
 
 @options()
 class SchedulerConfig:
-    """Policies of the scheduler; the values served by this version are the defaults."""
+    """Policies of the scheduler, as members of their enum or by name.
+
+    Requests wait in the order of (priority, arrival); other values of the last three fields are not served.
+    """
 
     capacity_scheduler_policy: CapacitySchedulerPolicy | str = CapacitySchedulerPolicy.MAX_UTILIZATION
     context_chunking_policy: ContextChunkingPolicy | str = ContextChunkingPolicy.FIRST_COME_FIRST_SERVED
     waiting_queue_policy: str = "fcfs"
     dynamic_batch_config: Any = None
 
+    @property
+    def capacity_policy(self) -> str:
+        return _policy_name(self, "capacity_scheduler_policy", CapacitySchedulerPolicy)
+
     def __post_init__(self) -> None:
-        _require_default(self, "capacity_scheduler_policy", CapacitySchedulerPolicy)
+        _policy_name(self, "capacity_scheduler_policy", CapacitySchedulerPolicy)
         _require_default(self, "context_chunking_policy", ContextChunkingPolicy)
         if self.waiting_queue_policy != "fcfs":
             raise UnsupportedError(
@@ -50,32 +62,30 @@ class SchedulerConfig:
             raise UnsupportedError("SchedulerConfig(dynamic_batch_config=...) is not served; leave it unset.")
 
 
-def _require_default(config: SchedulerConfig, name: str, kind: type[enum.Enum]) -> None:
-    """Refuse a policy that is unknown, or known but not served yet (the first of each enum is served)."""
+def _policy_name(config: SchedulerConfig, name: str, kind: type[enum.Enum]) -> str:
+    """Return the name of a policy, given as a member or by name; refuse an unknown one."""
     value = getattr(config, name)
-    label = value.value if isinstance(value, enum.Enum) else value
-    valid = [member.value for member in kind]
+    label = value.value if isinstance(value, kind) else value
+    valid: list[str] = [member.value for member in kind]
     if label not in valid:
         raise ConfigError(
             f"SchedulerConfig({name}={label!r}) is unknown; valid: {', '.join(valid)}."
             + nearest(str(label), valid)
         )
-    if label != valid[0]:
+    return label
+
+
+def _require_default(config: SchedulerConfig, name: str, kind: type[enum.Enum]) -> None:
+    """Refuse a policy that is unknown, or known but not served yet (the first of the enum is served)."""
+    label = _policy_name(config, name, kind)
+    served = next(iter(kind)).value
+    if label != served:
         raise UnsupportedError(
-            f"SchedulerConfig({name}={label}) is not served by this version; use {valid[0]} (the default)."
+            f"SchedulerConfig({name}={label}) is not served by this version; use {served} (the default)."
         )
 
 
-@options(
-    aliases={
-        "max_model_len": "max_seq_len",
-        "max_num_seqs": "max_batch_size",
-        "max_num_batched_tokens": "max_num_tokens",
-        "quantization": "quant_config",
-        "tp_size": "tensor_parallel_size",
-        "pp_size": "pipeline_parallel_size",
-    }
-)
+@options()
 class EngineConfig:
     """Everything `LLM(...)` accepts, as given."""
 

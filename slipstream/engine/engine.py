@@ -6,6 +6,7 @@ plan is launched before the last is committed. It is one loop for both.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import Any
 
@@ -35,7 +36,8 @@ class Engine:
         return self.scheduler.abort(request_id, index)
 
     def step(self) -> list[TokenEvent]:
-        """Launch what can be launched, commit the oldest outstanding step, return its events."""
+        """End what ran out of time, launch what can be launched, commit the oldest outstanding step."""
+        expired = self.scheduler.expire(time.monotonic())
         while len(self._in_flight) < self.depth:
             plan = self.scheduler.plan()
             if plan is None:
@@ -44,6 +46,6 @@ class Engine:
             self.runner.sample(handle)
             self._in_flight.append(handle)
         if not self._in_flight:
-            return []
+            return expired
         result = self.runner.collect(self._in_flight.popleft())
-        return self.scheduler.commit(result)
+        return expired + self.scheduler.commit(result)

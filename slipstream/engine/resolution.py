@@ -10,7 +10,7 @@ import dataclasses
 
 from slipstream.cache.config import KvCacheConfig
 from slipstream.core.errors import ConfigError, OutOfMemoryError
-from slipstream.engine.config import EngineConfig
+from slipstream.engine.config import EngineConfig, SchedulerConfig
 
 MIN_SEQ_LEN = 2
 
@@ -35,6 +35,7 @@ class ResolvedConfig:
     max_seq_len: int
     depth: int
     enable_chunked_prefill: bool
+    capacity_policy: str
     kv_cache: KvCacheConfig
     attn_backend: str
     gpu_memory_utilization: float | None
@@ -78,6 +79,7 @@ def resolve(config: EngineConfig, facts: ModelFacts, *, has_cuda: bool) -> Resol
         max_seq_len=_max_seq_len(config, facts),
         depth=_depth(config, device, reasons),
         enable_chunked_prefill=config.enable_chunked_prefill,
+        capacity_policy=(config.scheduler_config or SchedulerConfig()).capacity_policy,
         kv_cache=config.kv_cache_config or KvCacheConfig(),
         attn_backend=config.attn_backend,
         gpu_memory_utilization=config.gpu_memory_utilization,

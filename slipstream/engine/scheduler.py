@@ -1,10 +1,11 @@
 """What runs in the next step, and what did the last one bring? `plan` and `commit`, over integers only.
 
 Invariants: the scheduler owns rows and pages; a plan names only pages that no outstanding step or transfer
-still needs for something else; running rows come before new ones; the latest arrival is preempted first and
-returns with its original arrival, so the oldest request always advances. Continuous batching after Orca (Yu
-et al., OSDI 2022), chunked prefill after Sarathi-Serve (arXiv:2403.02310), paging after PagedAttention
-(arXiv:2309.06180); departures: plans are deltas, and requests that share a prefix being computed wait for it.
+still needs for something else; running rows come before new ones; the last in the order of (priority,
+arrival) is preempted first and returns to its place, so the first in that order always advances. Continuous
+batching after Orca (Yu et al., OSDI 2022), chunked prefill after Sarathi-Serve (arXiv:2403.02310), paging
+after PagedAttention (arXiv:2309.06180); departures: plans are deltas, and requests that share a prefix being
+computed wait for it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from slipstream.engine.waiting_queue import WaitingQueue
 
 # Requests that may be parked per row: a plan looks at no more of the queue, however many share a prefix.
 MAX_PARKED_PER_ROW = 4
+# Deadlines of ended requests are forgotten once there are more of them than this and than running ones.
+MIN_DEADLINES = 64
 
 
 @dataclasses.dataclass(slots=True)
@@ -105,12 +108,19 @@ class Scheduler:
                     param="request_id",
                 )
             table = self.cache.new_table(salt=sample.cache_salt)
-            sequence = Sequence(sample, (sample.params.priority, self._next_arrival), table)
+            sequence = Sequence(sample, (sample.priority, self._next_arrival), table)
             self._next_arrival += 1
             self._sequences[key] = sequence
             self._queue.push(sequence)
             if sample.deadline_s is not None:
-                heapq.heappush(self._deadlines, (sample.deadline_s, sequence.order, sequence))
+                self._note_deadline(sample.deadline_s, sequence)
+
+    def _note_deadline(self, deadline_s: float, sequence: Sequence) -> None:
+        heapq.heappush(self._deadlines, (deadline_s, sequence.order, sequence))
+        if len(self._deadlines) > 2 * len(self._sequences) + MIN_DEADLINES:
+            # Most have ended long before their deadline: let go of them.
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not State.FINISHED]
+            heapq.heapify(self._deadlines)
 
     def _check_fits(self, request: Request) -> None:
         num_prompt = len(request.prompt_token_ids)
@@ -231,7 +241,7 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence) -> None:
-        """Preempt the latest arrival, unless pages are already on their way back."""
+        """Preempt the last in order, unless pages are already on their way back."""
         self.stats.num_short_rows += 1
         is_first, self._is_short = not self._is_short, True
         if is_first and not self.cache.pool.num_retiring:
@@ -287,7 +297,7 @@ class Scheduler:
         self._queue.keep(sequence, len(keys), is_last=is_last, copies_last=copies_last)
 
     def _plan_admissions(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], budget: int) -> int:
-        """Admit in arrival order until tokens, rows or pages run out; returns the tokens left."""
+        """Admit in order until tokens, rows or pages run out; returns the tokens left."""
         while budget > 0 and self._rows.has_free and not self._queue.is_closed:
             sequence = self._queue.head()
             if sequence is None or sequence.last_step > self._last_committed:

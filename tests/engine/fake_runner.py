@@ -19,7 +19,7 @@ from slipstream.core.cache_group import CacheGroup
 from slipstream.core.limits import Limits
 from slipstream.core.outputs import TokenEvent
 from slipstream.core.plan import RequestInit, Span, StepPlan, StepResult, decode_plan, decode_result, encode
-from slipstream.core.request import Request
+from slipstream.core.request import Request, RequestOptions
 from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine.scheduler import Scheduler
 
@@ -299,6 +299,7 @@ class Replica:
         enable_block_reuse: bool = True,
         enable_partial_reuse: bool = True,
         enable_chunked_prefill: bool = True,
+        policy: str = "MAX_UTILIZATION",
     ) -> None:
         groups = resolve(declared, block_tokens=block_tokens, element_bytes=4)
         self.cache = KvCache(
@@ -312,6 +313,7 @@ class Replica:
             max_batch_size=max_batch_size,
             max_num_tokens=max_num_tokens,
             enable_chunked_prefill=enable_chunked_prefill,
+            policy=policy,
         )
         self.runner = FakeRunner(groups, num_pages)
         self.depth = depth
@@ -332,10 +334,14 @@ class Replica:
         n: int = 1,
         salt: str | None = None,
         end: int | None = None,
+        priority: int = 0,
+        options: RequestOptions | None = None,
     ) -> Request:
-        """Submit a request with seed 7; EOS comes at output position `end`."""
-        params = SamplingParams(max_tokens=max_tokens, n=n, seed=7, cache_salt=salt)
-        request = Request.create(list(prompt), params, LIMITS, request_id=name)
+        """Submit a request with seed 7, arriving at second 0; EOS comes at output position `end`."""
+        params = SamplingParams(max_tokens=max_tokens, n=n, seed=7, cache_salt=salt, priority=priority)
+        request = Request.create(
+            list(prompt), params, LIMITS, request_id=name, arrival_s=0.0, options=options
+        )
         self.scheduler.submit(request)
         for sample in request.samples():
             key = (name, sample.sample_idx)
@@ -347,6 +353,10 @@ class Replica:
 
     def abort(self, name: str, index: int | None = None) -> None:
         self._take(self.scheduler.abort(name, index))
+
+    def expire(self, now_s: float) -> None:
+        """Let the clock say `now_s`."""
+        self._take(self.scheduler.expire(now_s))
 
     def launch(self) -> StepPlan | None:
         """Plan and launch one step, if one can run now."""
@@ -402,7 +412,7 @@ class Replica:
         assert self.reasons.keys() == self.requests.keys()
         for key, output in self.outputs.items():
             expected = self.expected(key)
-            if self.reasons[key] in ("cancelled", "error"):
+            if self.reasons[key] in ("cancelled", "timeout", "error"):
                 expected = expected[: len(output)]
             assert output == expected, f"{key} ({self.reasons[key]}): {output} instead of {expected}"
 

@@ -36,6 +36,7 @@ class Setup:
     reuse: bool = True
     partial: bool = True
     chunked: bool = True
+    policy: str = "MAX_UTILIZATION"
 
 
 SETUPS = {
@@ -77,6 +78,7 @@ class Traffic:
             enable_block_reuse=setup.reuse,
             enable_partial_reuse=setup.partial,
             enable_chunked_prefill=setup.chunked,
+            policy=setup.policy,
         )
         self.prefixes = [self._tokens(rng.randrange(1, 50)) for _ in range(3)]
         self.num_submitted = 0

@@ -1,0 +1,105 @@
+"""Do options of the scheduler and the cache reach a real engine through `LLM`, and do what they say there?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slipstream import (
+    LLM,
+    KvCacheConfig,
+    RequestError,
+    SamplingParams,
+    SchedulerConfig,
+)
+from tests.engine.tiny import prompt_ids, tiny_gemma3, write_folder
+
+PROMPTS = [prompt_ids(10 + 7 * i, seed=i) for i in range(8)]
+GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
+# Little more than the longest request (83 tokens).
+SMALL_POOL = KvCacheConfig(max_tokens=96, tokens_per_block=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tiny_gemma3(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[list[int]]:
+    with LLM(folder) as llm:
+        return [llm.generate(prompt, GREEDY).outputs[0].token_ids for prompt in PROMPTS]
+
+
+@pytest.fixture
+def llm(folder: Path) -> Iterator[LLM]:
+    with LLM(folder, max_batch_size=1) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("policy", ["MAX_UTILIZATION", "GUARANTEED_NO_EVICT", "STATIC_BATCH"])
+def test_policies_change_the_schedule_and_not_the_tokens(
+    folder: Path, alone: list[list[int]], policy: str, overlap: bool
+) -> None:
+    config = SchedulerConfig(capacity_scheduler_policy=policy)
+    with LLM(
+        folder,
+        scheduler_config=config,
+        kv_cache_config=SMALL_POOL,
+        max_num_tokens=32,
+        max_batch_size=8,
+        disable_overlap_scheduler=not overlap,
+    ) as llm:
+        outputs = llm.generate(PROMPTS, GREEDY, raise_on_error=True)
+        stats = llm.get_stats()
+    assert [output.outputs[0].token_ids for output in outputs] == alone
+    assert (stats["num_preemptions"] > 0) == (policy == "MAX_UTILIZATION")
+    assert stats["num_free_pages"] == stats["num_pages"]
+
+
+def test_an_urgent_request_overtakes(llm: LLM) -> None:
+    long = SamplingParams(max_tokens=60, ignore_eos=True)
+    first = llm.generate_async(PROMPTS[0], long, streaming=True)
+    next(iter_of := iter(first))
+    waiting = llm.generate_async(PROMPTS[1], long)
+    urgent = llm.generate_async(PROMPTS[2], SamplingParams(max_tokens=2, priority=-1, ignore_eos=True))
+    ends = [output.result(60).metrics.finished_s for output in (waiting, urgent)]
+    assert ends[1] < ends[0] and first.result(60).finished
+    iter_of.close()
+
+
+def test_a_request_out_of_time_ends_with_what_it_has(llm: LLM) -> None:
+    endless = SamplingParams(max_tokens=None, ignore_eos=True)
+    # A forward that takes a while, so that a hundred tokens cannot come in time.
+    runner = llm.startup.engine.runner
+    launch = runner.launch
+    runner.launch = lambda plan: (time.sleep(0.02), launch(plan))[1]
+    running = llm.generate_async(PROMPTS[0], endless, timeout_s=0.3)
+    waiting = llm.generate_async(PROMPTS[1], GREEDY, timeout_s=0.3)
+    other = llm.generate_async(PROMPTS[2], SamplingParams(max_tokens=4, ignore_eos=True))
+    cut, never_ran = running.result(60).outputs[0], waiting.result(60)
+    assert cut.finish_reason == never_ran.outputs[0].finish_reason == "timeout"
+    assert 0 < len(cut.token_ids) < 50 and never_ran.outputs[0].token_ids == []
+    assert never_ran.error is None and never_ran.finished
+    assert other.result(60).outputs[0].finish_reason == "length"
+    stats = llm.get_stats()
+    assert stats["num_free_pages"] == stats["num_pages"] and stats["num_running"] == stats["num_waiting"] == 0
+
+
+def test_a_timeout_of_a_list_cuts_each_prompt_and_loses_none(llm: LLM) -> None:
+    runner = llm.startup.engine.runner
+    launch = runner.launch
+    runner.launch = lambda plan: (time.sleep(0.01), launch(plan))[1]
+    outputs = llm.generate(PROMPTS[:3], SamplingParams(max_tokens=None, ignore_eos=True), timeout_s=0.25)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["timeout"] * 3
+    assert llm.chat([{"role": "user", "content": "hi"}], GREEDY, timeout_s=60).error is None
+
+
+def test_a_timeout_out_of_bounds_is_refused(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="timeout_s must be above 0"):
+        llm.generate_async(PROMPTS[0], GREEDY, timeout_s=0)
+    assert llm.generate(PROMPTS[0], GREEDY, timeout_s=-1).error.param == "timeout_s"
