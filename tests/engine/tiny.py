@@ -127,3 +127,9 @@ def run_requests(
             assert event.error is None, event.error
             tokens.setdefault((event.request_id, event.index), []).extend(event.new_token_ids)
     raise AssertionError(f"not done after {max_steps} steps")
+
+
+def anonymous_bytes() -> int:
+    """Return the resident memory of this process that no file backs. Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
