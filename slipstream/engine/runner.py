@@ -159,7 +159,7 @@ class Runner:
     def _logits_idx(self, plan: StepPlan, query_lens: Sequence[int]) -> Tensor:
         """Return the index of the last token of each sampled row."""
         last = np.cumsum(query_lens) - 1
-        if len(plan.sample) == len(plan.spans):
+        if plan.sample == [span.row for span in plan.spans]:
             chosen = last
         else:
             span_of_row = {span.row: idx for idx, span in enumerate(plan.spans)}

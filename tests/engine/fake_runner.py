@@ -300,6 +300,7 @@ class Replica:
         enable_partial_reuse: bool = True,
         enable_chunked_prefill: bool = True,
         policy: str = "MAX_UTILIZATION",
+        event_buffer_max_size: int = 0,
     ) -> None:
         groups = resolve(declared, block_tokens=block_tokens, element_bytes=4)
         self.cache = KvCache(
@@ -307,6 +308,7 @@ class Replica:
             num_pages,
             enable_block_reuse=enable_block_reuse,
             enable_partial_reuse=enable_partial_reuse,
+            event_buffer_max_size=event_buffer_max_size,
         )
         self.scheduler = Scheduler(
             self.cache,
