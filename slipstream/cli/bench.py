@@ -6,6 +6,7 @@ This file parses; what is measured, and when a measurement fails, stands in the 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,7 +110,7 @@ class BenchJob:
                     requests,
                     load,
                     num_runs=self.options.runs,
-                    has_reuse=self.options.reuse,
+                    has_reuse=llm.startup.resolved.kv_cache.enable_block_reuse,
                     notify=lambda what, name=name: note(f"{name}: {what}"),
                 )
                 peak = peak_memory_bytes(llm.startup.resolved.device)
@@ -137,12 +138,14 @@ class BenchJob:
         from slipstream.core.errors import OutOfMemoryError
 
         llm_class = import_llm()
-        pool = self._cpu_pool_tokens()
-        kv: dict[str, Any] = {"enable_block_reuse": self.options.reuse}
+        # Off unless asked for, here or in the file of --config: equal prompts would measure the cache.
+        reuse = {"enable_block_reuse": True} if self.options.reuse else {}
+        options = self.engine.to_llm_options(kv_defaults={"enable_block_reuse": False}, **reuse)
+        pool = self._cpu_pool_tokens(options)
         if pool is not None:
-            kv["max_tokens"] = pool
+            options["kv_cache_config"] = dataclasses.replace(options["kv_cache_config"], max_tokens=pool)
         try:
-            return llm_class(self.model, **self.engine.to_llm_options(**kv))
+            return llm_class(self.model, **options)
         except OutOfMemoryError as error:
             if pool is None:
                 raise
@@ -151,17 +154,18 @@ class BenchJob:
                 "--num-requests or --max-batch-size."
             ) from error
 
-    def _cpu_pool_tokens(self) -> int | None:
+    def _cpu_pool_tokens(self, options: Mapping[str, Any]) -> int | None:
         """Return how large the KV cache must be where a CPU's default is too small and nothing is said."""
         import torch
 
         from slipstream.bench.workload import pool_tokens
 
-        engine = self.engine
-        is_cpu = engine.device == "cpu" or (engine.device == "auto" and not torch.cuda.is_available())
-        if not is_cpu or engine.kv_cache_max_tokens is not None or engine.kv_cache_max_bytes is not None:
+        device, kv = options.get("device", "auto"), options["kv_cache_config"]
+        is_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+        if not is_cpu or kv.max_tokens is not None or kv.max_gpu_total_bytes is not None:
             return None
-        max_running = min(self.max_running or CPU_MAX_BATCH_SIZE, engine.max_batch_size or CPU_MAX_BATCH_SIZE)
+        max_batch_size = options.get("max_batch_size") or CPU_MAX_BATCH_SIZE
+        max_running = min(self.max_running or CPU_MAX_BATCH_SIZE, max_batch_size)
         needed = pool_tokens(self.workload.largest_sizes(), max_running=max_running)
         return needed if needed > CPU_POOL_TOKENS else None
 

@@ -153,7 +153,7 @@ class Repl:
         conversation = self._conversation
         note(f"conversation: {conversation.num_tokens:,} of {conversation.max_tokens:,} tokens")
         for name, value in self._llm.get_stats().items():
-            note(f"{name}: {value:,}")
+            note(f"{name}: {value:,}" if isinstance(value, (int, float)) else f"{name}: {value}")
 
 
 def enable_line_editing() -> None:

@@ -19,10 +19,13 @@ from typer.core import TyperGroup
 
 from slipstream.cli.bench import latency, throughput
 from slipstream.cli.chat import chat
+from slipstream.cli.collect_env import collect_env
 from slipstream.cli.engine_import import EXIT_INTERRUPTED
+from slipstream.cli.models import models
 from slipstream.cli.options import HABITS, normalize_name
 from slipstream.cli.run import run
 from slipstream.core import env
+from slipstream.core.aliases import advice_on, aliases_of
 from slipstream.core.errors import ConfigError, SlipstreamError, nearest
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PIPE_CLOSED = 1, 2, 141
@@ -74,6 +77,8 @@ def bench() -> None:
 
 app.command()(run)
 app.command()(chat)
+app.command()(models)
+app.command()(collect_env)
 bench_app.command()(throughput)
 bench_app.command()(latency)
 app.add_typer(bench_app, name="bench")
@@ -118,13 +123,30 @@ def usage_message(error: Any) -> str:
         # Spellings from habit that this command takes are as good as its own.
         valid += [f"--{habit}" for habit, ours in HABITS.items() if f"--{ours}" in valid]
         command = error.ctx.command_path
-        message = f"{command} has no option {name!r}.{nearest(name, valid)}"
-        return f"{message} See {command} --help."
+        advice = advice_on_option(name, valid)
+        if advice:
+            return f"{command} has no option {name!r}; {advice}"
+        return f"{command} has no option {name!r}.{nearest(name, valid)} See {command} --help."
     message = " ".join(error.format_message().split()).removeprefix("Invalid value: ")
     if error.ctx is not None and message == "Missing command.":
         commands = ", ".join(error.ctx.command.list_commands(error.ctx))
         message = f"{error.ctx.command_path} needs a command: {commands}."
     return message
+
+
+def advice_on_option(option: str, valid: Sequence[str]) -> str:
+    """Return what to use instead of an option known from elsewhere or from `LLM`; empty for any other."""
+    from slipstream.engine.config import EngineConfig
+
+    flag = option.lstrip("-")
+    advice = advice_on("command line", flag)
+    if advice or "--config" not in valid:
+        return advice
+    name = flag.replace("-", "_")
+    name = aliases_of("EngineConfig").get(name, name)
+    if name in EngineConfig.__dataclass_fields__:
+        return f"it is an argument of LLM: write `{name}: ...` into a file and give it with --config."
+    return advice_on("EngineConfig", name)
 
 
 def _fail(message: str, code: int, error: Exception) -> int:

@@ -11,32 +11,20 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slipstream.cli.sizes import parse_byte_size, parse_tokens
+from slipstream.core.aliases import aliases_of
 
 if TYPE_CHECKING:
     from slipstream.core.sampling_params import SamplingParams
 
 # Spellings from other engines, and what they are called here. Underscores count as dashes.
-HABITS = {
-    "max-model-len": "max-seq-len",
-    "context-length": "max-seq-len",
-    "max-num-seqs": "max-batch-size",
-    "max-running-requests": "max-batch-size",
-    "max-num-batched-tokens": "max-num-tokens",
-    "max-new-tokens": "max-tokens",
-    "min-new-tokens": "min-tokens",
-    "system-prompt": "system",
-    "num-prompts": "num-requests",
-    "max-concurrency": "concurrency",
-    "input-len": "isl",
-    "output-len": "osl",
-    "batch-size": "batch-sizes",
-}
+HABITS = aliases_of("command line")
 
 
 def normalize_name(name: str) -> str:
@@ -55,10 +43,15 @@ def text_option(metavar: str, help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What the engine is started with; None leaves the choice to it."""
+    """What the engine is started with; None leaves the choice to the file of --config, or to the engine."""
 
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto"
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="auto, float32, bfloat16 or float16.")] = "auto"
+    config: Annotated[
+        Path | None, text_option("FILE", "YAML file with any argument of LLM; options given here win.")
+    ] = None
+    device: Annotated[str | None, text_option("NAME", "auto (the default), cpu or cuda.")] = None
+    dtype: Annotated[str | None, text_option("TYPE", "auto (the default), float32, bfloat16 or float16.")] = (
+        None
+    )
     max_seq_len: Annotated[int | None, tokens_option("Longest prompt + answer, e.g. 32k.")] = None
     max_batch_size: Annotated[
         int | None, typer.Option(metavar="N", help="Most requests in a step.", show_default=False)
@@ -77,23 +70,39 @@ class EngineOptions:
     gpu_memory_utilization: Annotated[
         float | None, text_option("SHARE", "Share of the GPU's memory this process may use.")
     ] = None
-    attn_backend: Annotated[str, typer.Option(metavar="NAME", help="Attention backend.")] = "auto"
+    attn_backend: Annotated[
+        str | None,
+        text_option("NAME", "Attention backend: auto (the default) or one of `slipstream models`."),
+    ] = None
     load_format: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, safetensors, gguf or dummy (random weights).")
-    ] = "auto"
+        str | None, text_option("NAME", "auto (the default), safetensors, gguf or dummy (random weights).")
+    ] = None
     tokenizer: Annotated[str | None, text_option("FOLDER", "Take the tokenizer from another folder.")] = None
     revision: Annotated[str | None, text_option("NAME", "Revision of a model on the hub.")] = None
 
-    def to_llm_options(self, **overrides: Any) -> dict[str, Any]:
-        """Return the keyword arguments of `LLM`; `overrides` are options of its KvCacheConfig."""
-        from slipstream.cache.config import KvCacheConfig
+    def to_llm_options(
+        self, *, kv_defaults: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> dict[str, Any]:
+        """Return the keyword arguments of `LLM`. What is typed here wins over the file of --config.
 
-        options = dataclasses.asdict(self)
-        kv: dict[str, Any] = {
-            "max_tokens": options.pop("kv_cache_max_tokens"),
-            "max_gpu_total_bytes": options.pop("kv_cache_max_bytes"),
+        `kv_defaults` are options of KvCacheConfig where neither says anything; `overrides` win over both.
+        """
+        from slipstream.cache.config import KvCacheConfig
+        from slipstream.cli.config_file import read_config
+        from slipstream.engine.config import SchedulerConfig
+
+        options = {} if self.config is None else read_config(self.config)
+        typed = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        typed.pop("config", None)
+        kv = {
+            "max_tokens": typed.pop("kv_cache_max_tokens", None),
+            "max_gpu_total_bytes": typed.pop("kv_cache_max_bytes", None),
         }
-        return {**options, "kv_cache_config": KvCacheConfig(**{**kv, **overrides})}
+        kv = {name: value for name, value in kv.items() if value is not None}
+        kv = {**(kv_defaults or {}), **(options.pop("kv_cache_config", None) or {}), **kv, **overrides}
+        if options.get("scheduler_config") is not None:
+            options["scheduler_config"] = SchedulerConfig(**options["scheduler_config"])
+        return {**options, **typed, "kv_cache_config": KvCacheConfig(**kv)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

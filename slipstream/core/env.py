@@ -6,6 +6,7 @@ Read at the call, never at import, so that tests and several engines in one proc
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 
@@ -17,3 +18,27 @@ def cache_dir() -> Path:
 def log_level() -> str:
     """`SLIPSTREAM_LOG`: `debug`, `info`, `warning` (default) or `error`."""
     return os.environ.get("SLIPSTREAM_LOG", "warning").upper()
+
+
+# What changes how torch, its libraries and the hub behave, beside our own.
+_TELLING = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "LD_PRELOAD"),
+    *("LD_LIBRARY_PATH", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "NCCL_DEBUG", "HF_HOME"),
+    *("HF_HUB_CACHE", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"),
+)
+_SECRET = re.compile(r"KEY|TOKEN(?!IZERS)|SECRET|PASS|CREDENTIAL|AUTH|COOKIE")
+
+
+def describe_variables() -> dict[str, str]:
+    """Return what a bug report may show: our variables and those that matter to torch.
+
+    A value that may be a secret is "(set, not shown)"; the home folder is written as ~.
+    """
+    home = str(Path.home())
+    shown: dict[str, str] = {}
+    for name in sorted(os.environ):
+        if name in _TELLING or name.startswith("SLIPSTREAM_"):
+            value = os.environ[name]
+            is_secret = _SECRET.search(name) or "@" in value
+            shown[name] = "(set, not shown)" if is_secret else value.replace(home, "~")
+    return shown

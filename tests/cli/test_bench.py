@@ -80,7 +80,7 @@ def test_work_that_was_not_done_fails(
     """An engine that reuses prefixes behind the bench's back is caught, and no record is left."""
     record = tmp_path / "r.json"
     monkeypatch.setattr("slipstream.bench.measure.params_of", shared_params)
-    monkeypatch.setattr("slipstream.cache.config.KvCacheConfig", always_reusing)
+    monkeypatch.setattr("slipstream.engine.assembly.KvCache", always_reusing)
     dataset = tmp_path / "d.jsonl"
     dataset.write_text(json.dumps({"prompt_token_ids": [5] * 100, "max_tokens": 2}), encoding="utf-8")
     failed = slipstream("bench", "throughput", tiny_path, "--dataset", dataset, "--runs", 1, "--json", record)
@@ -95,10 +95,10 @@ def shared_params(request: Any, salt: str) -> Any:
     return SamplingParams(temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True)
 
 
-def always_reusing(**given: Any) -> Any:
-    from slipstream.engine.config import KvCacheConfig
+def always_reusing(*given: Any, **options: Any) -> Any:
+    from slipstream.cache.kv_cache import KvCache
 
-    return KvCacheConfig(**{**given, "enable_block_reuse": True})
+    return KvCache(*given, **{**options, "enable_block_reuse": True})
 
 
 def test_preemption_fails_and_says_what_to_do(slipstream: Slipstream, tiny_path: str) -> None:
@@ -122,7 +122,7 @@ def pool_of(engine: EngineOptions, **options: Any) -> int | None:
     workload = WorkloadOptions(**options)
     job = throughput(model="m", concurrency=None, **fields(workload), **fields(engine))
     assert isinstance(job, BenchJob)
-    return job._cpu_pool_tokens()
+    return job._cpu_pool_tokens(engine.to_llm_options())
 
 
 def fields(record: Any) -> dict[str, Any]:

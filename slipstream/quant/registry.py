@@ -1,0 +1,7 @@
+"""Which quantisation methods are there? Lazy rows; a method is named as users name its scheme."""
+
+from __future__ import annotations
+
+from slipstream.core.registry import Registry
+
+SCHEMES = Registry("quantization scheme", {"unquantized": "slipstream.quant.unquantized:Unquantized"})
