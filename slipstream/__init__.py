@@ -9,9 +9,11 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "LLM": "slipstream.llm",
+    "AsyncLLM": "slipstream.llm",
     "SamplingParams": "slipstream.core.sampling_params",
     "RequestOutput": "slipstream.core.outputs",
     "CompletionOutput": "slipstream.core.outputs",
+    "EmbeddingOutput": "slipstream.core.outputs",
     "RequestError": "slipstream.core.errors",
     "KvCacheConfig": "slipstream.cache.config",
     "KvCacheRetentionConfig": "slipstream.core.kv_retention",
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
     from slipstream.core.kv_retention import KvCacheRetentionConfig as KvCacheRetentionConfig
     from slipstream.core.kv_retention import TokenRangeRetentionConfig as TokenRangeRetentionConfig
     from slipstream.core.outputs import CompletionOutput as CompletionOutput
+    from slipstream.core.outputs import EmbeddingOutput as EmbeddingOutput
     from slipstream.core.outputs import RequestOutput as RequestOutput
     from slipstream.core.sampling_params import SamplingParams as SamplingParams
     from slipstream.engine.config import CapacitySchedulerPolicy as CapacitySchedulerPolicy
     from slipstream.engine.config import ContextChunkingPolicy as ContextChunkingPolicy
     from slipstream.engine.config import SchedulerConfig as SchedulerConfig
     from slipstream.llm import LLM as LLM
+    from slipstream.llm import AsyncLLM as AsyncLLM
 
 
 def __getattr__(name: str) -> Any:

@@ -1,16 +1,18 @@
-"""The Python door: `LLM` turns prompts into outputs, whole or streamed."""
+"""The Python door: `LLM` turns prompts into outputs, whole or streamed; `AsyncLLM` does so for asyncio."""
 
 from __future__ import annotations
 
-import dataclasses
+import asyncio
+import functools
 import itertools
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from slipstream.core.errors import RequestError
+from slipstream.core.errors import EngineError, RequestError
 from slipstream.core.kv_retention import KvCacheRetentionConfig
 from slipstream.core.outputs import CompletionOutput, RequestOutput
 from slipstream.core.request import Request, RequestOptions
@@ -18,8 +20,10 @@ from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine.assembly import Assembly, assemble
 from slipstream.engine.client import InProcessClient
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.generation import Generation
+from slipstream.engine.control import EngineControl
+from slipstream.engine.generation import Answer, Generation
 from slipstream.engine.output_processor import OutputProcessor
+from slipstream.engine.pooling import check_pooling, hidden_states_only, pool
 from slipstream.engine.progress import generating_bar, loading_bar
 from slipstream.engine.prompts import Encoded, Message, Prompt, PromptEncoder, split_prompts, spread_params
 from slipstream.engine.pump import Pump
@@ -45,6 +49,7 @@ class LLM:
         self._ordinals = itertools.count()
         processor = OutputProcessor(self._assembly.tokenizer, stream_interval=config.stream_interval)
         self._pump = Pump(InProcessClient(self._assembly.engine), processor)
+        self._control = EngineControl(self._pump, self._assembly, config)
         # Holds the pump, not self: a deleted LLM (or the interpreter's exit) ends the engine's thread.
         self._finalizer = weakref.finalize(self, Pump.stop, self._pump)
 
@@ -61,16 +66,50 @@ class LLM:
         """What was chosen at start and why, the memory ledger and the limits of a request."""
         return self._assembly
 
-    def get_stats(self) -> dict[str, int]:
-        """Return the engine's counters: executed and cached tokens, plans, preemptions, free pages, ..."""
-        scheduler = self._assembly.engine.scheduler
-        return {
-            **dataclasses.asdict(scheduler.stats),
-            "num_running": scheduler.num_running,
-            "num_waiting": scheduler.num_waiting,
-            "num_free_pages": scheduler.cache.pool.num_free,
-            "num_pages": scheduler.cache.pool.num_usable,
-        }
+    def get_stats(self) -> dict[str, Any]:
+        """Return the engine's counters, all of one moment between two steps.
+
+        Executed and cached tokens, plans, preemptions, free pages, `kv_cache_usage` and `prefix_hit_rate`
+        (from 0 to 1), `finish_reasons` (samples ended, by reason) and more.
+        """
+        return self._control.stats().result()
+
+    async def get_stats_async(self) -> dict[str, Any]:
+        """Return the same as `get_stats` without blocking the event loop."""
+        return await asyncio.wrap_future(self._control.stats())
+
+    def get_kv_cache_events(self) -> list[dict[str, Any]]:
+        """Return what the KV cache stored and removed since the last call, oldest first."""
+        return self._control.kv_cache_events().result()
+
+    async def get_kv_cache_events_async(self) -> list[dict[str, Any]]:
+        """Return the same as `get_kv_cache_events` without blocking the event loop."""
+        return await asyncio.wrap_future(self._control.kv_cache_events())
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix, between two steps; what runs is not touched."""
+        self._control.reset_prefix_cache().result()
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the KV cache (level 1), or the weights too (level 2), once nothing runs; waits until then.
+
+        Requests are refused until `wake_up`. Raises ConfigError for another level, or where the weights
+        could not be read again.
+        """
+        self._control.sleep(level).result()
+
+    def wake_up(self) -> None:
+        """Allocate again what `sleep` freed; weights come from the checkpoint. Without effect when awake."""
+        self._control.wake_up().result()
+
+    def update_weights(self, source: str | Path | Mapping[str, Any]) -> None:
+        """Replace the weights once nothing runs; later requests wait for it and reuse no earlier prefix.
+
+        `source` is a checkpoint of the same configuration, or every tensor by its Hugging Face name. Raises
+        CheckpointError where it does not fit: the old weights stay. If reading it fails half-way, requests
+        are refused until an update succeeds.
+        """
+        self._control.update_weights(source).result()
 
     def generate(
         self,
@@ -117,6 +156,30 @@ class LLM:
         options = RequestOptions(timeout_s=timeout_s, kv_retention=kv_cache_retention_config)
         outputs = self._run(encoded, sampling_params, options, use_tqdm, raise_on_error)
         return outputs[0] if is_single else outputs
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "mean",
+        normalize: bool = False,
+        use_tqdm: bool | None = None,
+        raise_on_error: bool = False,
+    ) -> Any:
+        """Turn one prompt into an EmbeddingOutput, or a list of prompts into a list of them.
+
+        `pooling` makes one vector of the hidden states after the final norm: their "mean", the "last" or the
+        first ("cls"). `normalize` scales it to length 1. Raises ConfigError for another pooling.
+        """
+        check_pooling(pooling)
+        batch, is_single = split_prompts(prompts)
+        encoded = [self._prompts.encode(prompt) for prompt in batch]
+        params = SamplingParams(max_tokens=1, detokenize=False)
+        outputs = self._run(
+            encoded, params, RequestOptions(), use_tqdm, raise_on_error, change=hidden_states_only
+        )
+        embeddings = [pool(output, pooling, normalize=normalize) for output in outputs]
+        return embeddings[0] if is_single else embeddings
 
     def generate_async(
         self,
@@ -173,6 +236,8 @@ class LLM:
         options: RequestOptions,
         use_tqdm: bool | None,
         raise_on_error: bool,
+        *,
+        change: Callable[[Request], Request] | None = None,
     ) -> list[RequestOutput]:
         """Submit a batch together, wait for all of it, and return the outputs in order."""
         each = spread_params(params, len(encoded))
@@ -181,6 +246,7 @@ class LLM:
         for item, one in zip(encoded, each, strict=True):
             try:
                 request = self._request(item, one, options, None)
+                request = change(request) if change else request
             except RequestError as error:
                 if raise_on_error:
                     raise
@@ -189,18 +255,21 @@ class LLM:
             generation = Generation(request.request_id, self._pump.client.abort)
             slots.append(generation)
             batch.append((request, generation.put))
-        self._pump.submit(batch)
-        outputs = self._wait(slots, use_tqdm)
+        outputs = self._wait(batch, slots, use_tqdm)
         for output in outputs:
             if raise_on_error and output.error is not None:
                 raise output.error
         return outputs
 
     def _wait(
-        self, slots: Sequence[RequestOutput | Generation], use_tqdm: bool | None
+        self,
+        batch: Sequence[tuple[Request, Any]],
+        slots: Sequence[RequestOutput | Generation],
+        use_tqdm: bool | None,
     ) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         try:
+            self._pump.submit(batch)
             with generating_bar(len(slots), use_tqdm) as advance:
                 for slot in slots:
                     outputs.append(slot if isinstance(slot, RequestOutput) else slot.result())
@@ -227,6 +296,7 @@ class LLM:
             prompt=encoded.text,
             default_seed=None if self._seed is None else (self._seed + ordinal) % 2**63,
             options=options,
+            encode_bad=None if self._assembly.tokenizer is None else self._prompts.encode_bad,
         )
         if request.stop and self._assembly.tokenizer is None:
             raise RequestError(
@@ -247,6 +317,123 @@ class LLM:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
+
+
+class AsyncLLM:
+    """`LLM` for asyncio programs: the same engine, and nothing here blocks the event loop.
+
+    `async with AsyncLLM(model=...) as llm`, or `llm = await AsyncLLM.create(model=...)`; arguments are those
+    of `LLM`, and a wrong one raises at once. Cancelling a task that reads an answer aborts its request.
+    """
+
+    def __init__(self, model: Any, *, use_tqdm: bool | None = None, **options: Any) -> None:
+        EngineConfig(model=model, **options)
+        self._make: Callable[[], LLM] = lambda: LLM(model, use_tqdm=use_tqdm, **options)
+        self._llm: LLM | None = None
+        self._starting = asyncio.Lock()
+
+    @classmethod
+    async def create(cls, model: Any, *, use_tqdm: bool | None = None, **options: Any) -> Self:
+        """Make one and load its model in a thread; see `LLM` for the arguments and what is raised."""
+        llm = cls(model, use_tqdm=use_tqdm, **options)
+        await llm.start()
+        return llm
+
+    async def start(self) -> None:
+        """Load the model in a thread, once."""
+        async with self._starting:
+            if self._llm is None:
+                self._llm = await asyncio.to_thread(self._make)
+
+    @property
+    def llm(self) -> LLM:
+        """The synchronous engine behind this one, for what has no coroutine here."""
+        if self._llm is None:
+            raise EngineError(
+                "This AsyncLLM is not started; use `async with AsyncLLM(...)`, `await AsyncLLM.create(...)` "
+                "or `await llm.start()`."
+            )
+        return self._llm
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.llm.tokenizer
+
+    @property
+    def llm_id(self) -> str:
+        return self.llm.llm_id
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Complete one prompt: `async for` streams its outputs, `await` returns the last one alone.
+
+        The request is sent when it is first read; `options` are those of `LLM.generate_async`. Raises
+        RequestError, then, where the prompt is refused.
+        """
+        start = functools.partial(
+            self.llm.generate_async, prompt, sampling_params, request_id=request_id, **options
+        )
+        return Answer(lambda streaming: start(streaming=streaming))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Answer one conversation; read it as `generate`. `options` are those of `LLM.chat_async`."""
+        start = functools.partial(
+            self.llm.chat_async, messages, sampling_params, request_id=request_id, **options
+        )
+        return Answer(lambda streaming: start(streaming=streaming))
+
+    async def encode(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """Embed prompts; see `LLM.encode`."""
+        return await asyncio.to_thread(self.llm.encode, prompts, **options)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; who reads it gets a last output with finish_reason "cancelled". Idempotent."""
+        self.llm._pump.client.abort(request_id)
+
+    async def get_stats(self) -> dict[str, Any]:
+        return await self.llm.get_stats_async()
+
+    async def get_kv_cache_events(self) -> list[dict[str, Any]]:
+        return await self.llm.get_kv_cache_events_async()
+
+    async def reset_prefix_cache(self) -> None:
+        await asyncio.wrap_future(self.llm._control.reset_prefix_cache())
+
+    async def sleep(self, level: int = 1) -> None:
+        await asyncio.wrap_future(self.llm._control.sleep(level))
+
+    async def wake_up(self) -> None:
+        await asyncio.wrap_future(self.llm._control.wake_up())
+
+    async def update_weights(self, source: str | Path | Mapping[str, Any]) -> None:
+        await asyncio.wrap_future(self.llm._control.update_weights(source))
+
+    async def shutdown(self) -> None:
+        """Stop the engine without blocking the event loop. Idempotent."""
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.shutdown()
 
 
 def _failed(encoded: Encoded, error: RequestError) -> RequestOutput:

@@ -1,16 +1,19 @@
-"""How do the doors talk to an engine, wherever it runs? Submit, abort, and one stream of events.
+"""How do the doors talk to an engine, wherever it runs? Submit, abort, calls, and one stream of events.
 
-`InProcessClient` is the engine in this process: whoever calls `events` drives it. `submit` and `abort` may be
-called from any thread and never block on a step; they take effect before the next one.
+`InProcessClient` is the engine in this process: whoever calls `events` drives it. `submit`, `abort` and
+`call` may be called from any thread and never block on a step; they take effect before the next one, in their
+order. A call that wants an idle engine holds back the requests that came after it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
 from slipstream.core.errors import EngineError, RequestError
 from slipstream.core.outputs import TokenEvent
@@ -18,6 +21,9 @@ from slipstream.core.request import Request
 from slipstream.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+STOPPED = "The engine is shut down; create a new LLM."
 
 
 class EngineClient(Protocol):
@@ -27,9 +33,31 @@ class EngineClient(Protocol):
 
     def abort(self, request_id: str, index: int | None = None) -> None: ...
 
+    def call(self, function: Callable[[Engine], T], *, when_idle: bool = False) -> Future[T]: ...
+
     def events(self, timeout_s: float) -> list[TokenEvent]: ...
 
     def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A function to run on the engine's thread between two steps; with `when_idle` once nothing runs."""
+
+    function: Callable[[Engine], Any]
+    future: Future[Any]
+    when_idle: bool
+
+    def run(self, engine: Engine) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.function(engine))
+        except Exception as error:
+            self.future.set_exception(error)
+
+
+Abort = tuple[str, int | None]
 
 
 class InProcessClient:
@@ -37,7 +65,7 @@ class InProcessClient:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._inbox: deque[Request | tuple[str, int | None]] = deque()
+        self._inbox: deque[Request | Abort | Call] = deque()
         self._wake = threading.Condition()
         self._is_closed = False
 
@@ -45,7 +73,7 @@ class InProcessClient:
         """Queue requests. Raises EngineError after `close`."""
         with self._wake:
             if self._is_closed:
-                raise EngineError("The engine is shut down; create a new LLM.")
+                raise EngineError(STOPPED)
             self._inbox.extend(requests)
             self._wake.notify()
 
@@ -55,22 +83,55 @@ class InProcessClient:
             self._inbox.append((request_id, index))
             self._wake.notify()
 
+    def call(self, function: Callable[[Engine], T], *, when_idle: bool = False) -> Future[T]:
+        """Run a function on the engine's thread between two steps; what it raises is the future's.
+
+        With `when_idle` it waits until nothing runs, and requests that come after it wait for it. Raises
+        EngineError after `close`.
+        """
+        future: Future[T] = Future()
+        with self._wake:
+            if self._is_closed:
+                raise EngineError(STOPPED)
+            self._inbox.append(Call(function, future, when_idle))
+            self._wake.notify()
+        return future
+
     def events(self, timeout_s: float) -> list[TokenEvent]:
         with self._wake:
             if not self._inbox and not self.engine.has_work and not self._is_closed:
                 self._wake.wait(timeout_s)
+        events: list[TokenEvent] = []
+        for item in iter(self._next_item, None):
+            events += self._receive(item)
+        with self._wake:
             if self._is_closed:
                 return []
-            arrived = list(self._inbox)
-            self._inbox.clear()
-        events: list[TokenEvent] = []
-        for item in arrived:
-            events += self._receive(item)
         if self.engine.has_work:
             events += self.engine.step()
         return events
 
-    def _receive(self, item: Request | tuple[str, int | None]) -> list[TokenEvent]:
+    def _next_item(self) -> Request | Abort | Call | None:
+        """Take the next thing to do before a step, if there is one that need not wait for an idle engine."""
+        with self._wake:
+            if self._is_closed or not self._inbox:
+                return None
+            head = self._inbox[0]
+            if not (isinstance(head, Call) and head.when_idle and self.engine.has_work):
+                return self._inbox.popleft()
+            # What runs may be aborted and looked at meanwhile; what was submitted after the call stays.
+            waiting = {item.request_id for item in self._inbox if isinstance(item, Request)}
+            for item in self._inbox:
+                is_call = isinstance(item, Call) and not item.when_idle
+                if is_call or (isinstance(item, tuple) and item[0] not in waiting):
+                    self._inbox.remove(item)
+                    return item
+            return None
+
+    def _receive(self, item: Request | Abort | Call) -> list[TokenEvent]:
+        if isinstance(item, Call):
+            item.run(self.engine)
+            return []
         if not isinstance(item, Request):
             return self.engine.abort(*item)
         try:
@@ -80,10 +141,15 @@ class InProcessClient:
         return []
 
     def close(self) -> None:
-        """Stop for good: a waiting `events` returns, later submits raise; nothing more comes."""
+        """Stop for good: a waiting `events` returns, later submits raise, calls not begun fail."""
         with self._wake:
             self._is_closed = True
+            calls = [item for item in self._inbox if isinstance(item, Call)]
+            self._inbox.clear()
             self._wake.notify_all()
+        for call in calls:
+            if call.future.set_running_or_notify_cancel():
+                call.future.set_exception(EngineError(STOPPED))
 
 
 def _refusal(request: Request, index: int, error: RequestError) -> TokenEvent:

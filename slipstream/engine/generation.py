@@ -6,9 +6,10 @@ Outputs are put in by the engine's thread; reading blocks only the reader, or su
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 
 from slipstream.core.outputs import RequestOutput
 
@@ -63,12 +64,17 @@ class Generation:
         finally:
             self._abandon()
 
-    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self.stream()
+
+    async def stream(self) -> AsyncGenerator[RequestOutput, None]:
+        """Yield each output as it comes; closing the generator early aborts the request."""
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
 
         def wake() -> None:
-            if not loop.is_closed():
+            # The reader's event loop may be closed: nobody waits then.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(arrived.set)
 
         self._wakeup = wake
@@ -87,10 +93,49 @@ class Generation:
 
     async def aresult(self) -> RequestOutput:
         """Wait for the request without blocking the event loop; cancelling the wait aborts the request."""
-        async for _ in self:
-            pass
+        async with contextlib.aclosing(self.stream()) as outputs:
+            async for _ in outputs:
+                pass
         assert self._last is not None
         return self._last
 
     def __await__(self) -> Generator[None, None, RequestOutput]:
         return self.aresult().__await__()
+
+
+class Answer:
+    """A request that starts when it is first read: `async for` streams it, `await` returns its last output.
+
+    `start(streaming)` may block, so it runs in a thread. Read it once. A reader that is cancelled or leaves
+    early aborts the request, whenever that happens.
+    """
+
+    def __init__(self, start: Callable[[bool], Generation]) -> None:
+        self._start = start
+
+    async def _generation(self, *, streaming: bool) -> Generation:
+        starting = asyncio.ensure_future(asyncio.to_thread(self._start, streaming))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_abort_started)
+            raise
+
+    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        generation = await self._generation(streaming=True)
+        async with contextlib.aclosing(generation.stream()) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def aresult(self) -> RequestOutput:
+        """Send the request and wait for its last output; cancelling the wait aborts the request."""
+        return await (await self._generation(streaming=False)).aresult()
+
+    def __await__(self) -> Generator[None, None, RequestOutput]:
+        return self.aresult().__await__()
+
+
+def _abort_started(starting: asyncio.Future[Generation]) -> None:
+    """Abort a request whose reader was cancelled before it got hold of it."""
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().abort()

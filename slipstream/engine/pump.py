@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 from slipstream.core.errors import EngineError
 from slipstream.core.request import Request
-from slipstream.engine.client import EngineClient
+from slipstream.engine.client import STOPPED, EngineClient
+from slipstream.engine.engine import Engine
 from slipstream.engine.output_processor import Listener, OutputProcessor
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 POLL_S = 0.5
 
@@ -36,7 +41,7 @@ class Pump:
         """Queue requests, all or none. Raises EngineError where the engine has stopped."""
         with self._lock:
             if self._failure is not None or self._is_stopping.is_set():
-                raise EngineError(self._failure or "The engine is shut down; create a new LLM.")
+                raise EngineError(self._failure or STOPPED)
             added: list[Request] = []
             try:
                 for request, listener in requests:
@@ -48,6 +53,14 @@ class Pump:
                     self.processor.discard(request.request_id)
                 raise
 
+    def call(self, function: Callable[[Engine], T], *, when_idle: bool = False) -> Future[T]:
+        """Run a function on the engine's thread between two steps; see `EngineClient.call`."""
+        if threading.current_thread() is self._thread:
+            raise EngineError("The engine's own thread cannot wait for itself; call from another thread.")
+        if self._failure is not None:
+            raise EngineError(self._failure)
+        return self.client.call(function, when_idle=when_idle)
+
     def _run(self) -> None:
         try:
             while not self._is_stopping.is_set():
@@ -57,7 +70,7 @@ class Pump:
             logger.exception("the engine stopped")
             self._fail(f"The engine stopped: {type(error).__name__}: {error}")
         else:
-            self._fail("The engine is shut down; create a new LLM.")
+            self._fail(STOPPED)
 
     def _fail(self, message: str) -> None:
         with self._lock:

@@ -36,6 +36,23 @@ def load_weights(model: Any, checkpoint: Checkpoint, *, progress: Progress | Non
     if isinstance(checkpoint, DummyCheckpoint):
         fill_random(model, progress=progress)
         return
+    tensors = fitting_tensors(model, checkpoint, places)
+    _place_all(places, tensors, progress)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.quant.load(module)
+
+
+def fitting_tensors(
+    model: Any, checkpoint: Checkpoint, places: Mapping[str, Place] | None = None
+) -> list[WeightTensor]:
+    """Return a checkpoint's tensors, nothing read yet. Raises CheckpointError where they do not fit `model`.
+
+    The model may be on the meta device: then a checkpoint is judged without memory for another model.
+    """
+    if places is None:
+        places = model.weight_map(checkpoint.format)
+        assert places is not None
     tensors = list(checkpoint.tensors())
     problems = find_problems(places, tensors)
     if problems:
@@ -44,10 +61,7 @@ def load_weights(model: Any, checkpoint: Checkpoint, *, progress: Progress | Non
         raise CheckpointError(
             f"{checkpoint.path}: its tensors do not fit {type(model).__name__} as configured:\n{listed}{rest}"
         )
-    _place_all(places, tensors, progress)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.quant.load(module)
+    return tensors
 
 
 def find_problems(places: Mapping[str, Place], tensors: Sequence[WeightTensor]) -> list[str]:

@@ -1,0 +1,194 @@
+"""What may be done to an engine between two of its steps? Look at it, forget prefixes, sleep, change weights.
+
+Everything here runs on the engine's thread through `EngineClient.call`, so it sees no half-done step. What
+takes pages or weights away waits until nothing runs; requests that come meanwhile wait for it or, where the
+engine then sleeps, are refused.
+Invariant: a failed change leaves the engine as it was, or refusing every request with what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slipstream.checkpoint.base import Checkpoint
+from slipstream.checkpoint.dummy import DummyCheckpoint
+from slipstream.checkpoint.in_memory import InMemoryCheckpoint
+from slipstream.checkpoint.opening import open_checkpoint
+from slipstream.core.errors import CheckpointError, ConfigError, EngineError, RequestError, UnsupportedError
+from slipstream.engine.assembly import Assembly
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.engine import Engine
+from slipstream.engine.output_processor import OutputProcessor
+from slipstream.engine.pump import Pump
+from slipstream.models.loading import fitting_tensors, load_weights
+from slipstream.models.registry import model_class, read_config
+
+logger = logging.getLogger(__name__)
+
+ASLEEP = "The engine is asleep; call wake_up() and send the request again."
+WITHOUT_WEIGHTS = (
+    "The engine has no weights, since replacing them failed; call update_weights() with a checkpoint that "
+    "fits, or create a new LLM."
+)
+
+
+class EngineControl:
+    """The calls of one engine. Each returns a future at once; `pump` runs them."""
+
+    def __init__(self, pump: Pump, assembly: Assembly, config: EngineConfig) -> None:
+        self._pump = pump
+        self._processor: OutputProcessor = pump.processor
+        self._assembly = assembly
+        self._config = config
+        # Where the weights of now can be read again; None where they came from memory.
+        self._source: str | Path | None = config.model
+        self._sleep_level = 0
+
+    def stats(self) -> Future[dict[str, Any]]:
+        try:
+            return self._pump.call(self._stats)
+        except EngineError:
+            # No thread steps the engine any more, or it is this one.
+            future: Future[dict[str, Any]] = Future()
+            future.set_result(self._stats(self._assembly.engine))
+            return future
+
+    def _stats(self, engine: Engine) -> dict[str, Any]:
+        scheduler = engine.scheduler
+        pool, stats = scheduler.cache.pool, scheduler.stats
+        seen = stats.num_cached_tokens + stats.num_planned_tokens
+        return {
+            **dataclasses.asdict(stats),
+            "num_running": scheduler.num_running,
+            "num_waiting": scheduler.num_waiting,
+            "num_free_pages": pool.num_free,
+            "num_pages": pool.num_usable,
+            "kv_cache_usage": 1.0 - pool.num_free / pool.num_usable,
+            "prefix_hit_rate": stats.num_cached_tokens / seen if seen else 0.0,
+            "finish_reasons": dict(self._processor.finish_reasons),
+            "sleep_level": self._sleep_level,
+        }
+
+    def reset_prefix_cache(self) -> Future[None]:
+        return self._pump.call(lambda engine: engine.scheduler.cache.reset_prefix_cache())
+
+    def kv_cache_events(self) -> Future[list[dict[str, Any]]]:
+        """Drain the cache's events. Raises UnsupportedError where the cache records none."""
+        drain = getattr(self._assembly.engine.scheduler.cache, "drain_kv_events", None)
+        if drain is None:
+            raise UnsupportedError("get_kv_cache_events() is not served by this version.")
+        return self._pump.call(lambda engine: drain())
+
+    def sleep(self, level: int) -> Future[None]:
+        if level not in (1, 2):
+            raise ConfigError(
+                f"sleep(level={level!r}): 1 frees the KV cache and keeps the weights, 2 frees both."
+            )
+        return self._pump.call(lambda engine: self._sleep(engine, level), when_idle=True)
+
+    def _sleep(self, engine: Engine, level: int) -> None:
+        if level == 2 and self._source is None:
+            raise ConfigError(
+                "sleep(level=2): the weights came from memory, so wake_up() could not read them again; use "
+                "level=1, or update_weights() from a checkpoint first."
+            )
+        if self._sleep_level >= level:
+            return
+        engine.refusal = RequestError(ASLEEP, code="engine_asleep")
+        engine.scheduler.cache.reset_prefix_cache()
+        engine.runner.drop_pages()
+        if level == 2:
+            engine.runner.set_model(None)
+        self._sleep_level = level
+        _return_memory()
+
+    def wake_up(self) -> Future[None]:
+        return self._pump.call(self._wake_up)
+
+    def _wake_up(self, engine: Engine) -> None:
+        if not self._sleep_level:
+            return
+        if not engine.runner.has_model:
+            assert self._source is not None
+            self._read_weights(engine, self._source)
+        engine.runner.make_pages()
+        self._sleep_level = 0
+        engine.refusal = None
+
+    def update_weights(self, source: str | Path | Mapping[str, Any]) -> Future[None]:
+        return self._pump.call(lambda engine: self._update_weights(engine, source), when_idle=True)
+
+    def _update_weights(self, engine: Engine, source: str | Path | Mapping[str, Any]) -> None:
+        if self._sleep_level:
+            raise ConfigError("update_weights(): the engine is asleep; call wake_up() first.")
+        self._read_weights(engine, source)
+        engine.scheduler.cache.reset_prefix_cache()
+        engine.refusal = None
+        self._source = None if isinstance(source, Mapping) else source
+
+    def _read_weights(self, engine: Engine, source: str | Path | Mapping[str, Any]) -> None:
+        """Give the runner a model filled from `source`. Nothing changes before the source is seen to fit."""
+        checkpoint = self._open(source)
+        try:
+            self._check_fits(checkpoint)
+            refusal = engine.refusal
+            # Two models may not fit in memory: from here on a failure leaves none.
+            engine.runner.set_model(None)
+            engine.refusal = refusal or RequestError(WITHOUT_WEIGHTS, code="engine_stopped")
+            _return_memory()
+            model = self._assembly.build_model(torch.device(self._assembly.resolved.device))
+            load_weights(model, checkpoint)
+            engine.runner.set_model(model)
+            engine.refusal = refusal
+        finally:
+            checkpoint.close()
+
+    def _open(self, source: str | Path | Mapping[str, Any]) -> Checkpoint:
+        if isinstance(source, Mapping):
+            return InMemoryCheckpoint(source)
+        config = self._config
+        is_first = source == config.model
+        return open_checkpoint(
+            source,
+            load_format=config.load_format if is_first else "auto",
+            revision=config.revision if is_first else None,
+        )
+
+    def _check_fits(self, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError unless the checkpoint is of the same model with the same configuration."""
+        blank = self._assembly.build_model(torch.device("meta"))
+        if not isinstance(checkpoint, InMemoryCheckpoint):
+            cls = model_class(checkpoint)
+            given = read_config(cls, checkpoint) if cls is type(blank) else None
+            if given != blank.config:
+                raise CheckpointError(
+                    f"{checkpoint.path} does not fit the running model: {_difference(blank, cls, given)}. "
+                    "Give a checkpoint with the same configuration, or create a new LLM."
+                )
+        if not isinstance(checkpoint, DummyCheckpoint):
+            fitting_tensors(blank, checkpoint)
+
+
+def _difference(blank: Any, cls: type, given: Any) -> str:
+    if given is None:
+        return f"it is a {cls.__name__}, not a {type(blank).__name__}"
+    fields = [field.name for field in dataclasses.fields(given)]
+    return "; ".join(
+        f"{name} is {getattr(given, name)!r}, not {getattr(blank.config, name)!r}"
+        for name in fields
+        if getattr(given, name) != getattr(blank.config, name)
+    )
+
+
+def _return_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
