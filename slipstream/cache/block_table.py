@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from slipstream.core.kv_retention import KvCacheRetentionConfig
+
 
 class BlockTable:
     """Pages of one sequence per group.
@@ -10,7 +12,8 @@ class BlockTable:
     counts the tokens that the pages can hold. `keys` are the keys of the full blocks of the known tokens,
     `num_published` how many of them other requests can find. `first_live[g]` is the first block not given
     back. `num_reused` blocks came from the index and belong to others too; `copied` are the pages whose
-    content was copied in. `left` are (last step that uses them, pages given back) of steps in flight. The
+    content was copied in. `retention` says how long what this sequence of `num_prompt` prompt tokens leaves
+    is worth keeping. `left` are (last step that uses them, pages given back) of steps in flight. The
     last three outlive `reset`, so that a step in flight can still be found to have read a bad page.
     """
 
@@ -20,15 +23,26 @@ class BlockTable:
         "first_live",
         "keys",
         "left",
+        "num_prompt",
         "num_published",
         "num_reused",
         "pages",
+        "retention",
         "root",
         "tail_key",
     )
 
-    def __init__(self, num_groups: int, root: bytes) -> None:
+    def __init__(
+        self,
+        num_groups: int,
+        root: bytes,
+        *,
+        retention: KvCacheRetentionConfig | None = None,
+        num_prompt: int = 0,
+    ) -> None:
         self.root = root
+        self.retention = retention
+        self.num_prompt = num_prompt
         self.keys: list[bytes] = []
         self.num_reused = 0
         self.copied: list[int] = []

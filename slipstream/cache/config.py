@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from slipstream.core.errors import ConfigError, UnsupportedError
 from slipstream.core.options import options
 
 
-@options(aliases={"block_size": "tokens_per_block", "page_size": "tokens_per_block"})
+@options()
 class KvCacheConfig:
     """Size and reuse of the KV cache.
 
     `max_tokens` bounds the pool (None: by memory). `free_gpu_memory_fraction` is the share of what is free
     after weights and activations. `max_gpu_total_bytes` bounds the pool in bytes ("40GiB" or an int).
     `enable_block_reuse` shares whole blocks of equal prefixes, `enable_partial_reuse` copies the part of a
-    block that matches.
+    block that matches. `event_buffer_max_size` keeps that many events of what becomes findable and what is
+    forgotten, for `LLM.get_kv_cache_events` (0: none).
     """
 
     enable_block_reuse: bool = True
@@ -30,7 +31,7 @@ class KvCacheConfig:
     sink_token_length: Any = None
     host_cache_size: Any = None
     secondary_offload_min_priority: Any = None
-    event_buffer_max_size: Any = None
+    event_buffer_max_size: int = 0
 
     def __post_init__(self) -> None:
         for name in _LATER:
@@ -54,12 +55,18 @@ class KvCacheConfig:
             raise ConfigError(
                 f"KvCacheConfig(free_gpu_memory_fraction={self.free_gpu_memory_fraction}) must be in (0, 1]."
             )
+        size = cast(Any, self.event_buffer_max_size)
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= MAX_EVENTS:
+            raise ConfigError(
+                f"KvCacheConfig(event_buffer_max_size={size!r}) must be a whole number from 0 (no events) to "
+                f"{MAX_EVENTS}."
+            )
 
 
+MAX_EVENTS = 2**20
 _LATER = (
     "max_attention_window",
     "sink_token_length",
     "host_cache_size",
     "secondary_offload_min_priority",
-    "event_buffer_max_size",
 )

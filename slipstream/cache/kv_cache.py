@@ -8,13 +8,17 @@ are given back only behind the last step that names them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from slipstream.cache.block_table import BlockTable
 from slipstream.cache.keys import block_key, extend_keys, root_key
+from slipstream.cache.kv_events import Event, KvEvents
 from slipstream.cache.pool import NULL_PAGE, PagePool
 from slipstream.cache.prefix_index import Node, PrefixIndex
 from slipstream.core.cache_group import CacheGroup
+from slipstream.core.errors import ConfigError
+from slipstream.core.kv_retention import KvCacheRetentionConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,14 +46,19 @@ class KvCache:
         *,
         enable_block_reuse: bool = True,
         enable_partial_reuse: bool = True,
+        event_buffer_max_size: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.groups = list(groups)
         self.block_tokens = groups[0].block_tokens
         self.enable_block_reuse = enable_block_reuse
         self.enable_partial_reuse = enable_block_reuse and enable_partial_reuse
         self._windows = [group.window if group.kind == "window" else 0 for group in groups]
-        self._index = PrefixIndex(len(groups))
-        self.pool = PagePool(num_pages, on_evict=self._index.forget_page)
+        self._events: KvEvents | None = None
+        if event_buffer_max_size:
+            self._events = KvEvents(max_size=event_buffer_max_size, block_tokens=self.block_tokens)
+        self._index = PrefixIndex(len(groups), self._events)
+        self.pool = PagePool(num_pages, on_evict=self._index.forget_page, clock=clock)
 
     def pages_for(self, num_tokens: int, *, max_span: int) -> int:
         """Return the most pages that a sequence of `num_tokens`, run in spans of `max_span`, ever holds."""
@@ -88,8 +97,16 @@ class KvCache:
         """Return how many whole blocks before a block border the next query of a window can see."""
         return -(-(window - 1) // self.block_tokens)
 
-    def new_table(self, *, salt: str | None = None) -> BlockTable:
-        return BlockTable(len(self.groups), root_key(salt=salt))
+    def new_table(
+        self,
+        *,
+        salt: str | None = None,
+        retention: KvCacheRetentionConfig | None = None,
+        num_prompt: int = 0,
+    ) -> BlockTable:
+        """Return an empty table; `retention` speaks of a prompt of `num_prompt` tokens and what follows."""
+        root = root_key(salt=salt)
+        return BlockTable(len(self.groups), root, retention=retention, num_prompt=num_prompt)
 
     def lookup(self, table: BlockTable, tokens: Sequence[int], *, step_id: int) -> Hit:
         """Find the longest reusable start of `tokens` for a sequence admitted by step `step_id`.
@@ -184,6 +201,7 @@ class KvCache:
             self.pool.release([*(page for pages in shared for page in pages), *sources], after_step=-1)
             table.reset(len(self.groups))
             return None
+        self._retain(table, 0, [pages[: len(hit.nodes)] for pages in table.pages])
         self.pool.release(sources, after_step=step_id)
         table.copied = sources
         table.left = []
@@ -207,10 +225,21 @@ class KvCache:
         if pages is None:
             return None
         grown = [pages[group * missing : (group + 1) * missing] for group in range(len(self.groups))]
+        self._retain(table, blocks - missing, grown)
         for held, new in zip(table.pages, grown, strict=True):
             held += new
         table.capacity = blocks * self.block_tokens
         return grown
+
+    def _retain(self, table: BlockTable, first_block: int, taken: Sequence[Sequence[int]]) -> None:
+        """Give the pages per group that a table takes, from a block on, the priorities of its request."""
+        if table.retention is None:
+            return
+        for pages in taken:
+            for block, page in enumerate(pages, first_block):
+                kept = table.retention.of_token(block * self.block_tokens, table.num_prompt)
+                if page != NULL_PAGE and kept is not None:
+                    self.pool.set_retention(page, *kept)
 
     def publish(
         self, table: BlockTable, tokens: Sequence[int], num_planned: int, *, step_id: int
@@ -314,6 +343,15 @@ class KvCache:
     def reset_prefix_cache(self) -> None:
         """Forget every reusable prefix; running sequences are not touched."""
         self._index.clear(self.pool)
+
+    def drain_kv_events(self) -> list[Event]:
+        """Return what became findable or was forgotten since the last call; see `KvEvents` for the fields."""
+        if self._events is None:
+            raise ConfigError(
+                "KV cache events are off; start the engine with KvCacheConfig(event_buffer_max_size=N), for "
+                "example 1024."
+            )
+        return self._events.drain()
 
 
 def _count_leading_nulls(pages: Sequence[int]) -> int:

@@ -1,32 +1,46 @@
 """Which pages are free, and when may one be used again?
 
 Invariant: a page is in exactly one place: held (references > 0), retiring (its last references fall when a
-step retires), or free (blank, or still holding reusable content in least-recently-used order). A page that
+step retires), or free (blank, or still holding reusable content in the order of its eviction). A page that
 some outstanding step or transfer names is never handed out. Page 0 is the null page: all zeros, never handed
 out, never written.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 
+from slipstream.cache.eviction_order import EvictionOrder
+from slipstream.core.kv_retention import DEFAULT_PRIORITY
+
 NULL_PAGE = 0
+DEFAULT_RETENTION = (DEFAULT_PRIORITY, None)
 
 
 class PagePool:
     """Reference counts and free lists of `num_pages` equal pages, page 0 included.
 
     `on_evict(page)` is called when a free page that still holds reusable content is taken for new content.
+    `clock` tells seconds, for priorities that expire.
     """
 
-    def __init__(self, num_pages: int, *, on_evict: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        *,
+        on_evict: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         assert num_pages >= 2
         self.num_pages = num_pages
         self._on_evict = on_evict
         self._references = [0] * num_pages
         self._blank: list[int] = list(range(num_pages - 1, NULL_PAGE, -1))
-        self._reusable: OrderedDict[int, None] = OrderedDict()
+        self._reusable = EvictionOrder(clock)
+        # (priority, seconds until it expires or None) of pages whose content has another than the default.
+        self._retention: dict[int, tuple[int, float | None]] = {}
         self._is_keyed = bytearray(num_pages)
         self._is_tainted = bytearray(num_pages)
         self._retiring: deque[tuple[int, list[int]]] = deque()
@@ -64,8 +78,9 @@ class PagePool:
             if self._blank:
                 page = self._blank.pop()
             else:
-                page, _ = self._reusable.popitem(last=False)
+                page = self._reusable.pop()
                 self._is_keyed[page] = 0
+                self._retention.pop(page, None)
                 self._on_evict(page)
             self._references[page] = 1
             pages.append(page)
@@ -74,7 +89,7 @@ class PagePool:
     def acquire(self, page: int) -> None:
         """Add a reference to a page that holds reusable content, taking it off the free list."""
         if self._references[page] == 0:
-            del self._reusable[page]
+            self._reusable.remove(page)
         self._references[page] += 1
 
     def release(self, pages: Iterable[int], *, after_step: int) -> None:
@@ -106,8 +121,13 @@ class PagePool:
         """Say whether a page's content can be found by the prefix index (and so is worth keeping)."""
         self._is_keyed[page] = is_keyed
         if not is_keyed and self._references[page] == 0 and page in self._reusable:
-            del self._reusable[page]
-            self._blank.append(page)
+            self._reusable.remove(page)
+            self._give_blank(page)
+
+    def set_retention(self, page: int, priority: int, duration_s: float | None) -> None:
+        """Say how long the content of a held page is worth keeping once it is free."""
+        assert self._references[page] > 0, f"page {page} is free"
+        self._retention[page] = (priority, duration_s)
 
     def taint(self, page: int) -> None:
         """Mark a page whose content may be NaN: it must be zeroed before its next use."""
@@ -127,9 +147,14 @@ class PagePool:
             self._references[page] = count
             if count == 0:
                 if self._is_keyed[page]:
-                    self._reusable[page] = None
+                    priority, duration_s = self._retention.get(page, DEFAULT_RETENTION)
+                    self._reusable.add(page, priority, duration_s)
                 else:
-                    self._blank.append(page)
+                    self._give_blank(page)
+
+    def _give_blank(self, page: int) -> None:
+        self._retention.pop(page, None)
+        self._blank.append(page)
 
     def check(self) -> None:
         """Assert that no page is lost, free twice, or both held and free. For tests; O(pages)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from slipstream.cache.kv_events import KvEvents
 from slipstream.cache.pool import NULL_PAGE, PagePool
 
 # Children compared for a partial match; more siblings than this are not worth the time of a plan.
@@ -32,10 +33,11 @@ class Node:
 
 
 class PrefixIndex:
-    """Key -> node, parent key -> children, page -> node."""
+    """Key -> node, parent key -> children, page -> node. Every change is told to `events`."""
 
-    def __init__(self, num_groups: int) -> None:
+    def __init__(self, num_groups: int, events: KvEvents | None = None) -> None:
         self._num_groups = num_groups
+        self._events = events
         self._nodes: dict[bytes, Node] = {}
         self._children: dict[bytes, dict[bytes, Node]] = {}
         self._node_of_page: dict[int, Node] = {}
@@ -69,6 +71,8 @@ class PrefixIndex:
             node.step_id = max(node.step_id, step_id)
             self._node_of_page[page] = node
             pool.set_keyed(page, True)
+            if self._events is not None:
+                self._events.stored(group, key=key, parent=node.parent, tokens=node.tokens)
         if node.num_pages == 0:
             self._remove(node)
         return node
@@ -78,8 +82,11 @@ class PrefixIndex:
         node = self._node_of_page.pop(page, None)
         if node is None:
             return
-        node.pages[node.pages.index(page)] = NULL_PAGE
+        group = node.pages.index(page)
+        node.pages[group] = NULL_PAGE
         node.num_pages -= 1
+        if self._events is not None:
+            self._events.removed(group, key=node.key)
         if node.num_pages == 0:
             self._remove(node)
 
@@ -112,7 +119,11 @@ class PrefixIndex:
 
     def clear(self, pool: PagePool) -> None:
         """Forget everything; pages in use stay with their holders."""
+        events, self._events = self._events, None
         self.withdraw(list(self._node_of_page), pool)
+        self._events = events
+        if events is not None:
+            events.cleared()
 
     def _remove(self, node: Node) -> None:
         del self._nodes[node.key]

@@ -6,6 +6,7 @@ because a `Request` carries the record to the cache; it is checked where it is m
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import Any, cast
@@ -79,10 +80,12 @@ class KvCacheRetentionConfig:
         """Return (priority, seconds or None) of the block that starts at `position`; None: not named."""
         if position >= num_prompt:
             return self.decode_retention_priority, _seconds(self.decode_duration_ms)
-        for item in self.token_range_retention_configs:
-            if item.token_start <= position and (item.token_end is None or position < item.token_end):
-                return item.priority, _seconds(item.duration_ms)
-        return None
+        ranges = self.token_range_retention_configs
+        idx = bisect.bisect_right(ranges, position, key=lambda item: item.token_start) - 1
+        if idx < 0:
+            return None
+        found, end = ranges[idx], ranges[idx].token_end
+        return (found.priority, _seconds(found.duration_ms)) if end is None or position < end else None
 
 
 def _seconds(duration_ms: float | None) -> float | None:

@@ -7,6 +7,7 @@ one line a choice with its reason, and one line a ledger entry in bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -48,7 +49,10 @@ Progress = Callable[[str, float], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Assembly:
-    """An engine ready to run, and what was decided on the way. `report` is for people."""
+    """An engine ready to run, and what was decided on the way. `report` is for people.
+
+    `build_model` makes another model like the engine's, its parameters allocated and empty.
+    """
 
     engine: Engine
     tokenizer: Tokenizer | None
@@ -58,6 +62,7 @@ class Assembly:
     weight_bytes: int
     load_s: float
     report: list[str]
+    build_model: Callable[[torch.device], Any]
 
 
 def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assembly:
@@ -83,7 +88,8 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
             check_vocab(tokenizer, facts.vocab_size)
         device = torch.device(resolved.device)
         dtype = getattr(torch, resolved.dtype)
-        model = cls(model_config, mesh=Mesh(), quant=Unquantized(), dtype=dtype, device=device)
+        build = functools.partial(cls, model_config, mesh=Mesh(), quant=Unquantized(), dtype=dtype)
+        model = build(device=device)
         groups = resolve_groups(
             model.cache_groups(),
             block_tokens=resolved.kv_cache.tokens_per_block,
@@ -109,6 +115,7 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         weight_bytes=weight_bytes,
         load_s=load_s,
         report=report,
+        build_model=lambda device: build(device=device),
     )
 
 
@@ -136,6 +143,7 @@ def _build_engine(
         capacity.num_pages,
         enable_block_reuse=resolved.kv_cache.enable_block_reuse,
         enable_partial_reuse=resolved.kv_cache.enable_partial_reuse,
+        event_buffer_max_size=resolved.kv_cache.event_buffer_max_size,
     )
     max_seq_len = fit_seq_len(cache, resolved, asked=config.max_seq_len)
     limits = Limits(vocab_size=facts.vocab_size, max_seq_len=max_seq_len, eos_token_ids=eos)

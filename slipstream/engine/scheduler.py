@@ -16,6 +16,7 @@ from collections import deque
 from typing import Any
 
 from slipstream.cache.kv_cache import Hit, KvCache
+from slipstream.cache.kv_events import Event
 from slipstream.core.errors import RequestError
 from slipstream.core.outputs import FinishReason, TokenEvent
 from slipstream.core.plan import RequestInit, Span, StepPlan, StepResult
@@ -107,7 +108,11 @@ class Scheduler:
                     f"Request id {request.request_id!r} is in use; ids must be unique while they run.",
                     param="request_id",
                 )
-            table = self.cache.new_table(salt=sample.cache_salt)
+            table = self.cache.new_table(
+                salt=sample.cache_salt,
+                retention=sample.kv_retention,
+                num_prompt=len(sample.prompt_token_ids),
+            )
             sequence = Sequence(sample, (sample.priority, self._next_arrival), table)
             self._next_arrival += 1
             self._sequences[key] = sequence
@@ -163,6 +168,10 @@ class Scheduler:
                 self._finish(sequence)
                 events.append(_event(sequence, finish_reason="timeout"))
         return events
+
+    def drain_kv_events(self) -> list[Event]:
+        """Return what became findable in the cache or was forgotten since the last call."""
+        return self.cache.drain_kv_events()
 
     def plan(self) -> StepPlan | None:
         """Return the next step, or None where nothing can run before an outstanding step is committed."""

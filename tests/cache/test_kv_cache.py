@@ -11,6 +11,7 @@ from slipstream.cache.groups import resolve
 from slipstream.cache.keys import block_key, root_key
 from slipstream.cache.kv_cache import KvCache
 from slipstream.core.cache_group import CacheGroup
+from slipstream.core.kv_retention import KvCacheRetentionConfig, TokenRangeRetentionConfig
 
 SIZE = 8
 WINDOW = 16
@@ -239,6 +240,83 @@ def test_reset_forgets_all_prefixes() -> None:
     cache.pool.retire(0)
     cache.pool.check()
     assert cache.pool.num_free == cache.pool.num_usable and len(cache._index) == 0
+
+
+def retained(cache: KvCache, tokens: Sequence[int], config: KvCacheRetentionConfig, *, step_id: int) -> None:
+    """Compute a prompt of 16 tokens and the rest as if it were generated; give everything back."""
+    table = cache.new_table(retention=config, num_prompt=16)
+    hit = cache.lookup(table, tokens, step_id=step_id)
+    first = max(16, len(hit.nodes) * SIZE + hit.partial_len)
+    assert cache.admit(table, hit, first, step_id=step_id) is not None
+    assert cache.extend(table, len(tokens)) is not None
+    cache.publish(table, tokens, len(tokens), step_id=step_id)
+    cache.release(table, after_step=-1)
+
+
+def kept_of(cache: KvCache, prompts: Sequence[Sequence[int]], num_taken: int) -> list[int]:
+    """Return how many blocks of each prompt are found after that many pages were taken for something else."""
+    pages = cache.pool.allocate(num_taken)
+    assert pages is not None
+    found = [cached(cache, [*tokens, 1], step_id=99)[0] for tokens in prompts]
+    cache.pool.release(pages, after_step=-1)
+    return found
+
+
+def test_what_is_worth_keeping_is_kept() -> None:
+    """Four prompts of 24 tokens in twelve pages; the oldest has a start that is worth more than the rest."""
+    prompts = [[100 + i] * 24 for i in range(4)]
+    first_block = TokenRangeRetentionConfig(token_start=0, token_end=8, priority=90)
+    config = KvCacheRetentionConfig(token_range_retention_configs=[first_block], decode_retention_priority=5)
+    cache = cache_of(13)
+    for i, tokens in enumerate(prompts):
+        retained(cache, tokens, config if i == 0 else KvCacheRetentionConfig(), step_id=i)
+    # First what the first generated, then its second block, then the others in turn, last its start.
+    assert kept_of(cache, prompts, 1) == [2, 3, 3, 3]
+    assert kept_of(cache, prompts, 2) == [1, 3, 3, 3]
+    assert kept_of(cache, prompts, 11) == [1, 0, 0, 0]
+    assert kept_of(cache, prompts, 12) == [0, 0, 0, 0]
+
+
+def test_a_request_without_a_word_leaves_the_priority_that_it_finds() -> None:
+    prompts = [[100 + i] * 24 for i in range(2)]
+    whole = TokenRangeRetentionConfig(token_start=0, priority=90)
+    config = KvCacheRetentionConfig(token_range_retention_configs=[whole], decode_retention_priority=90)
+    cache = cache_of(7)
+    retained(cache, prompts[0], config, step_id=0)
+    run_again = cache.new_table()
+    hit = cache.lookup(run_again, [*prompts[0], 1], step_id=1)
+    assert len(hit.nodes) == 3 and cache.admit(run_again, hit, 25, step_id=1) is not None
+    cache.release(run_again, after_step=-1)
+    retained(cache, prompts[1], KvCacheRetentionConfig(), step_id=2)
+    assert kept_of(cache, prompts, 3) == [3, 0]
+    # One that says less lowers it. It copies the last block, which it would have to recompute in part.
+    less = KvCacheRetentionConfig(
+        token_range_retention_configs=[TokenRangeRetentionConfig(token_start=0, priority=1)],
+        decode_retention_priority=1,
+    )
+    cache = cache_of(8)
+    for step_id, (i, said) in enumerate([(0, config), (1, config), (0, less)]):
+        retained(cache, prompts[i], said, step_id=step_id)
+    assert kept_of(cache, prompts, 3) == [0, 3]
+
+
+def test_a_priority_expires() -> None:
+    now = 0.0
+    groups = resolve(
+        [CacheGroup(layers=(0,), kind="full", heads=1, head_dim=4)], block_tokens=SIZE, element_bytes=2
+    )
+    cache = KvCache(groups, 7, clock=lambda: now)
+    prompts = [[100 + i] * 24 for i in range(2)]
+    first = TokenRangeRetentionConfig(token_start=0, priority=90, duration_ms=5000)
+    config = KvCacheRetentionConfig(
+        token_range_retention_configs=[first], decode_retention_priority=90, decode_duration_ms=5000
+    )
+    retained(cache, prompts[0], config, step_id=0)
+    retained(cache, prompts[1], KvCacheRetentionConfig(), step_id=1)
+    now = 4.9
+    assert kept_of(cache, prompts, 2) == [3, 1]
+    now = 5.0
+    assert kept_of(cache, prompts, 3) == [2, 1]
 
 
 def test_salts_are_roots_of_their_own() -> None:

@@ -7,12 +7,14 @@ import random
 import pytest
 
 from slipstream.cache.pool import NULL_PAGE, PagePool
+from slipstream.core.kv_retention import DEFAULT_PRIORITY
 
 
 class Model:
-    """The pool's contract in plain lists: slow, and obviously right."""
+    """The pool's contract in plain lists: slow, and obviously right. Only `priority` may outlive a holder."""
 
     def __init__(self, num_pages: int) -> None:
+        self.priority: dict[int, int] = {}
         self.references = dict.fromkeys(range(1, num_pages), 0)
         self.blank = set(self.references)
         self.reusable: list[int] = []  # least recently freed first
@@ -24,10 +26,14 @@ class Model:
         """Follow an allocation: blank pages first, then the least recently used ones, each evicted."""
         num_blank = min(len(pages), len(self.blank))
         assert set(pages[:num_blank]) <= self.blank
-        assert pages[num_blank:] == evicted == self.reusable[: len(pages) - num_blank]
+        # A stable sort: of equal priority, the least recently freed first.
+        order = sorted(self.reusable, key=lambda page: self.priority.get(page, DEFAULT_PRIORITY))
+        assert pages[num_blank:] == evicted == order[: len(pages) - num_blank]
         self.blank -= set(pages[:num_blank])
-        del self.reusable[: len(evicted)]
+        self.reusable = [page for page in self.reusable if page not in evicted]
         self.keyed -= set(evicted)
+        for page in evicted:
+            self.priority.pop(page, None)
         self.references.update(dict.fromkeys(pages, 1))
 
     def drop(self, page: int) -> None:
@@ -36,6 +42,7 @@ class Model:
             self.reusable.append(page)
         elif self.references[page] == 0:
             self.blank.add(page)
+            self.priority.pop(page, None)
 
     def retire(self, step_id: int) -> None:
         self.retired = max(self.retired, step_id)
@@ -53,7 +60,7 @@ def test_pool_does_what_a_naive_model_does(seed: int) -> None:
     held: list[int] = []  # one entry per reference that is not falling yet
     num_refused = num_evicted = 0
     for _ in range(3000):
-        kind = rng.randrange(6)
+        kind = rng.randrange(7)
         evicted.clear()
         if kind == 0:
             count = rng.randrange(1, 8)
@@ -92,6 +99,11 @@ def test_pool_does_what_a_naive_model_does(seed: int) -> None:
             if page in model.reusable:
                 model.reusable.remove(page)
                 model.blank.add(page)
+                model.priority.pop(page, None)
+        elif kind == 6 and held:
+            page, priority = rng.choice(held), rng.choice([0, 34, DEFAULT_PRIORITY, 36, 100])
+            pool.set_retention(page, priority, None)
+            model.priority[page] = priority
         pool.check()
         assert pool.num_free == len(model.blank) + len(model.reusable)
         assert pool.num_retiring == len(model.falling)
@@ -125,6 +137,38 @@ def test_least_recently_used_content_goes_first() -> None:
     pool.acquire(pages[1])  # used again: now the most recent
     pool.release([pages[1]], after_step=-1)
     assert pool.allocate(3) == evicted == [pages[0], pages[2], pages[1]]
+
+
+def test_a_priority_expires_with_the_time_since_the_last_use() -> None:
+    now = 0.0
+    evicted: list[int] = []
+    pool = PagePool(4, on_evict=evicted.append, clock=lambda: now)
+    pages = pool.allocate(3)
+    assert pages is not None
+    for page in pages:
+        pool.set_keyed(page, True)
+    pool.set_retention(pages[0], 80, 10.0)
+    now = 100.0  # held all the while: the time counts from the release
+    for page in pages:
+        pool.release([page], after_step=-1)
+    now = 109.0
+    assert pool.allocate(1) == [pages[1]]
+    now = 110.0
+    assert pool.allocate(2) == [pages[0], pages[2]]
+
+
+def test_a_priority_ends_with_its_content() -> None:
+    pool = PagePool(3, on_evict=lambda page: None)
+    pages = pool.allocate(2)
+    assert pages is not None
+    pool.set_retention(pages[0], 0, None)
+    pool.release(pages, after_step=-1)  # blank: nothing was kept
+    pages = pool.allocate(2)
+    assert pages is not None
+    for page in pages[::-1]:
+        pool.set_keyed(page, True)
+        pool.release([page], after_step=-1)
+    assert pool.allocate(2) == pages[::-1]
 
 
 def test_a_double_free_is_noticed() -> None:

@@ -60,7 +60,9 @@ SETUPS = {
 class Traffic:
     """Random requests over a few prefixes, submitted and aborted between steps."""
 
-    def __init__(self, setup: Setup, seed: int, *, nan_rate: float = 0.0) -> None:
+    def __init__(
+        self, setup: Setup, seed: int, *, nan_rate: float = 0.0, event_buffer_max_size: int = 0
+    ) -> None:
         rng = self.rng = random.Random(seed)
         max_num_tokens = rng.choice([13, 21, 64])
         longest = MAX_PROMPT + MAX_TOKENS
@@ -79,6 +81,7 @@ class Traffic:
             enable_partial_reuse=setup.partial,
             enable_chunked_prefill=setup.chunked,
             policy=setup.policy,
+            event_buffer_max_size=event_buffer_max_size,
         )
         self.prefixes = [self._tokens(rng.randrange(1, 50)) for _ in range(3)]
         self.num_submitted = 0
