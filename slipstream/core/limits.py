@@ -21,6 +21,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_stop_length: int = 1024
     max_token_list: int = 4096
     max_salt_length: int = 256
+    max_ngram_size: int = 256
     max_penalty: float = 100.0
     max_temperature: float = 100.0
     max_logit_bias: float = 100.0

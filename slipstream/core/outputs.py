@@ -56,7 +56,11 @@ class RequestMetrics:
 
 @dataclasses.dataclass(slots=True)
 class CompletionOutput:
-    """One sample. `text_diff` and `token_ids_diff` are what the last streamed update added."""
+    """One sample. `text_diff` and `token_ids_diff` are what the last streamed update added.
+
+    `generation_logits` are the model's own float32 logits [tokens, V], a torch tensor on the CPU, once the
+    sample has ended.
+    """
 
     index: int
     text: str = ""
@@ -67,11 +71,17 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     text_diff: str = ""
     token_ids_diff: list[int] = dataclasses.field(default_factory=list[int])
+    generation_logits: Any = None
 
 
 @dataclasses.dataclass(slots=True)
 class RequestOutput:
-    """One prompt's result. `error` is None or why this prompt, and no other, failed."""
+    """One prompt's result. `error` is None or why this prompt, and no other, failed.
+
+    `prompt_logprobs` begin with None: nothing says how likely the first token was. `context_logits` are the
+    model's float32 logits [prompt, V], a torch tensor on the CPU. Both come with the first token.
+    `hidden_states` are float32 numpy arrays [chunk, D], one after the other, of a request that embeds.
+    """
 
     request_id: str
     prompt: str | None
@@ -82,4 +92,17 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     lora_request: Any = None
+    context_logits: Any = None
+    error: RequestError | None = None
+    hidden_states: list[Any] = dataclasses.field(default_factory=list[Any])
+
+
+@dataclasses.dataclass(slots=True)
+class EmbeddingOutput:
+    """One prompt's vector: `embedding` is a float32 numpy array [D], or None where `error` says why."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    embedding: Any = None
     error: RequestError | None = None

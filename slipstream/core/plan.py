@@ -82,7 +82,11 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, omit_defaults=True):
-    """What a step produced. A failing row is an entry of `row_errors`, never an exception."""
+    """What a step produced. A failing row is an entry of `row_errors`, never an exception.
+
+    `error_codes` names the kind of a row's error where it is not `numerical_error`. `extras[row]` are
+    (what, first position, values) in the order of `StepPlan.logits`: `TokenLogprobs` or a float32 array.
+    """
 
     step_id: int
     tokens: dict[int, list[int]] = {}
@@ -93,6 +97,7 @@ class StepResult(msgspec.Struct, omit_defaults=True):
     kv_done: list[str] = []
     kv_failed: list[int] = []
     row_errors: dict[int, str] = {}
+    error_codes: dict[int, str] = {}
 
 
 def encode(record: StepPlan | StepResult) -> bytes:

@@ -8,18 +8,37 @@ more than the size of what it accepts: lengths and caps come before contents.
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from slipstream.core.checks import (
+    check_text,
+    checked_ids,
+    context_error,
+    integer,
+    listed,
+    number,
+    refused,
+    shown,
+)
 from slipstream.core.errors import RequestError
 from slipstream.core.kv_retention import KvCacheRetentionConfig
 from slipstream.core.limits import Limits
 from slipstream.core.plan import LogitsKind
 from slipstream.core.sampling_params import RowSampling, SamplingParams
+from slipstream.core.token_rules import (
+    EncodeBad,
+    LogitsProcessor,
+    ProcessorStyle,
+    allowed_ids,
+    bad_tokens,
+    check_something_left,
+    ngram_size,
+    processors,
+)
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1
 MAX_TOP_K = 2**31 - 1
@@ -33,6 +52,8 @@ FLAGS = (
     "include_stop_str_in_output",
     "skip_special_tokens",
     "spaces_between_special_tokens",
+    "return_context_logits",
+    "return_generation_logits",
 )
 # Known names that this version does not serve, with the value that means "not asked for".
 UNSERVED: dict[str, bool | int | None] = {
@@ -41,16 +62,7 @@ UNSERVED: dict[str, bool | int | None] = {
     "beam_width": None,
     "length_penalty": None,
     "early_stopping": None,
-    "bad": None,
-    "bad_token_ids": None,
-    "allowed_token_ids": None,
-    "no_repeat_ngram_size": None,
-    "prompt_logprobs": None,
-    "return_context_logits": False,
-    "return_generation_logits": False,
-    "truncate_prompt_tokens": None,
     "guided_decoding": None,
-    "logits_processor": None,
 }
 
 
@@ -71,8 +83,9 @@ class Request:
 
     `max_tokens` is never None. `stop_token_ids` are the ids that end the request, `stop` the strings. The
     noise of sample i at output position p is a function of (`seed`, i, p) alone. Lower `priority` runs
-    earlier. `deadline_s` is on the monotonic clock; `logits` names what the request wants beside tokens.
-    `kv_params` is opaque to everyone but a KV connector.
+    earlier. `deadline_s` is on the monotonic clock; `logits` names what the request wants beside tokens;
+    `processors` are its callables, which never cross to another process. `kv_params` is opaque to everyone
+    but a KV connector.
     """
 
     request_id: str
@@ -92,6 +105,7 @@ class Request:
     deadline_s: float | None = None
     kv_retention: KvCacheRetentionConfig | None = None
     logits: tuple[LogitsKind, ...] = ()
+    processors: tuple[tuple[ProcessorStyle, LogitsProcessor], ...] = ()
     kv_params: Any = None
     lora: None = None
 
@@ -107,20 +121,21 @@ class Request:
         default_seed: int | None = None,
         arrival_s: float | None = None,
         options: RequestOptions | None = None,
+        encode_bad: EncodeBad | None = None,
     ) -> Request:
         """Check everything against `limits` and resolve what is unset.
 
         `default_seed` seeds a request that brings none; the caller varies it per request. With neither, the
-        seed is fresh randomness. `arrival_s` is on the monotonic clock; a time-out counts from it. Raises
-        RequestError.
+        seed is fresh randomness. `arrival_s` is on the monotonic clock; a time-out counts from it.
+        `encode_bad` returns the token sequences that spell a bad text. Raises RequestError.
         """
         if not isinstance(cast(object, params), SamplingParams):
-            raise _refused("params", f"must be a SamplingParams, not {_shown(params)}")
-        _check_text(request_id, "request_id", MAX_REQUEST_ID_LENGTH)
+            raise refused("params", f"must be a SamplingParams, not {shown(params)}")
+        check_text(request_id, "request_id", MAX_REQUEST_ID_LENGTH)
         if prompt is not None and prompt != "":
-            _check_text(prompt, "prompt", None)
+            check_text(prompt, "prompt", None)
         _check_served(params)
-        ids = _prompt_ids(prompt_token_ids, limits)
+        ids = _prompt_ids(_truncated(prompt_token_ids, params, limits), limits)
         max_tokens = _max_tokens(params.max_tokens, len(ids), limits)
         stop_ids = _stop_token_ids(params, limits)
         seed = default_seed if params.seed is None else params.seed
@@ -133,62 +148,87 @@ class Request:
             prompt_token_ids=ids,
             prompt=prompt,
             params=params,
-            sampling=_row_sampling(params, limits, max_tokens, stop_ids),
+            sampling=_row_sampling(params, limits, max_tokens, stop_ids, encode_bad),
             max_tokens=max_tokens,
             stop_token_ids=stop_ids,
             stop=_stop_strings(params, limits),
-            seed=_integer(seed, "seed", SEED_MIN, SEED_MAX) % 2**64,
+            seed=integer(seed, "seed", SEED_MIN, SEED_MAX) % 2**64,
             sample_idx=0,
-            num_samples=_integer(params.n, "n", 1, limits.max_n),
+            num_samples=integer(params.n, "n", 1, limits.max_n),
             cache_salt=_cache_salt(params.cache_salt, limits),
             arrival_s=arrival_s,
-            priority=_integer(params.priority, "priority", MIN_PRIORITY, MAX_PRIORITY, "lower is earlier"),
+            priority=integer(params.priority, "priority", MIN_PRIORITY, MAX_PRIORITY, "lower is earlier"),
             deadline_s=_deadline(options.timeout_s, arrival_s),
             kv_retention=_kv_retention(options.kv_retention),
+            logits=_logits(params),
+            processors=processors(params.logits_processor),
         )
 
     def samples(self) -> list[Request]:
-        """Return the n requests this one stands for; they share the prompt list and the seed."""
+        """Return the n requests this one stands for; they share the prompt list and the seed.
+
+        The prompt's logits are the same for all, so only the first asks for them.
+        """
         if self.num_samples == 1:
             return [self]
-        return [dataclasses.replace(self, sample_idx=i, num_samples=1) for i in range(self.num_samples)]
+        own: tuple[LogitsKind, ...] = ("generation_logits",) if "generation_logits" in self.logits else ()
+        return [
+            dataclasses.replace(self, sample_idx=i, num_samples=1, logits=own if i else self.logits)
+            for i in range(self.num_samples)
+        ]
+
+    @property
+    def needs_host_tokens(self) -> bool:
+        """Say whether every step of it must wait until the host knows the tokens of the one before."""
+        return bool(self.processors)
 
 
 def _row_sampling(
-    params: SamplingParams, limits: Limits, max_tokens: int, stop_ids: frozenset[int]
+    params: SamplingParams,
+    limits: Limits,
+    max_tokens: int,
+    stop_ids: frozenset[int],
+    encode_bad: EncodeBad | None,
 ) -> RowSampling:
     """Resolve what a row carries. A greedy row carries no filters: they never remove the likeliest token."""
     temperature = _temperature(params, limits)
     top_k = (
-        0 if params.top_k is None else _integer(params.top_k, "top_k", -1, MAX_TOP_K, "-1 or 0 turn it off")
+        0 if params.top_k is None else integer(params.top_k, "top_k", -1, MAX_TOP_K, "-1 or 0 turn it off")
     )
-    top_p = 1.0 if params.top_p is None else _number(params.top_p, "top_p", 0.0, 1.0, "1 turns it off")
+    top_p = 1.0 if params.top_p is None else number(params.top_p, "top_p", 0.0, 1.0, "1 turns it off")
     if top_p == 0.0:
-        raise _refused("top_p", "must be above 0 and at most 1, not 0; use temperature=0 for greedy")
-    min_p = 0.0 if params.min_p is None else _number(params.min_p, "min_p", 0.0, 1.0, "0 turns it off")
+        raise refused("top_p", "must be above 0 and at most 1, not 0; use temperature=0 for greedy")
+    min_p = 0.0 if params.min_p is None else number(params.min_p, "min_p", 0.0, 1.0, "0 turns it off")
     bound = limits.max_penalty
-    min_tokens = _integer(
+    min_tokens = integer(
         params.min_tokens, "min_tokens", 0, max_tokens, f"it may not exceed max_tokens ({max_tokens})"
     )
     is_greedy = temperature == 0.0
+    allowed = allowed_ids(params.allowed_token_ids, limits)
+    bad, bad_sequences = bad_tokens(params.bad_token_ids, params.bad, limits, encode_bad)
+    check_something_left(allowed, bad, limits)
     return RowSampling(
         temperature=temperature,
         top_k=0 if is_greedy or top_k < 0 or top_k >= limits.vocab_size else top_k,
         top_p=1.0 if is_greedy else top_p,
         min_p=0.0 if is_greedy else min_p,
-        repetition_penalty=_number(
+        repetition_penalty=number(
             params.repetition_penalty, "repetition_penalty", 1 / bound, bound, "1 turns it off"
         ),
-        presence_penalty=_number(
-            params.presence_penalty, "presence_penalty", -bound, bound, "0 turns it off"
-        ),
-        frequency_penalty=_number(
+        presence_penalty=number(params.presence_penalty, "presence_penalty", -bound, bound, "0 turns it off"),
+        frequency_penalty=number(
             params.frequency_penalty, "frequency_penalty", -bound, bound, "0 turns it off"
         ),
         logit_bias=_logit_bias(params.logit_bias, limits),
         min_tokens=min_tokens,
         stop_ids=tuple(sorted(stop_ids)) if min_tokens else (),
-        logprobs=_logprobs(params.logprobs, limits),
+        allowed_ids=allowed,
+        bad_ids=bad,
+        bad_sequences=bad_sequences,
+        no_repeat_ngram_size=ngram_size(params.no_repeat_ngram_size, limits),
+        logprobs=_logprobs(params.logprobs, "logprobs", limits),
+        prompt_logprobs=_logprobs(params.prompt_logprobs, "prompt_logprobs", limits),
+        has_processors=bool(processors(params.logits_processor)),
     )
 
 
@@ -197,35 +237,64 @@ def _temperature(params: SamplingParams, limits: Limits) -> float:
     if params.temperature is None:
         return 0.0 if params.top_p is None and params.top_k is None else 1.0
     low, high = limits.min_temperature, limits.max_temperature
-    value = _number(params.temperature, "temperature", 0.0, high, "use 0 for greedy")
+    value = number(params.temperature, "temperature", 0.0, high, "use 0 for greedy")
     if 0.0 < value < low:
-        what = f"must be 0 or from {low:g} to {high:g}, not {_shown(value)}; use 0 for greedy"
-        raise _refused("temperature", what)
+        what = f"must be 0 or from {low:g} to {high:g}, not {shown(value)}; use 0 for greedy"
+        raise refused("temperature", what)
     return value
 
 
-def _logprobs(given: int | None, limits: Limits) -> int:
+def _logprobs(given: int | None, param: str, limits: Limits) -> int:
     if given is None:
         return -1
-    return _integer(given, "logprobs", 0, min(limits.max_logprobs, limits.vocab_size))
+    return integer(given, param, 0, min(limits.max_logprobs, limits.vocab_size))
+
+
+def _logits(params: SamplingParams) -> tuple[LogitsKind, ...]:
+    """Name what is wanted beside tokens, in the order of `StepPlan.logits`."""
+    wanted: dict[LogitsKind, bool] = {
+        "prompt_logprobs": params.prompt_logprobs is not None,
+        "context_logits": params.return_context_logits,
+        "generation_logits": params.return_generation_logits,
+    }
+    return tuple(kind for kind, is_wanted in wanted.items() if is_wanted)
+
+
+def _truncated(given: Any, params: SamplingParams, limits: Limits) -> Any:
+    """Keep the last tokens of a prompt as asked; -1 keeps what leaves room for `max_tokens`."""
+    if params.truncate_prompt_tokens is None:
+        return given
+    hint = "-1 keeps as many as fit"
+    keep = integer(params.truncate_prompt_tokens, "truncate_prompt_tokens", -1, None, hint)
+    if keep == 0:
+        raise refused("truncate_prompt_tokens", f"must be -1 or at least 1, not 0; {hint}")
+    if keep < 0:
+        asked = params.max_tokens
+        room = asked if type(asked) is int and 1 <= asked < limits.max_seq_len else 1
+        keep = limits.max_seq_len - room
+    # Anything that is no list of ids is refused by the check that follows.
+    prompt: Any = given
+    if isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 1:
+        prompt = cast(Any, given)[-keep:]
+    return prompt
 
 
 def _prompt_ids(given: Sequence[int], limits: Limits) -> list[int]:
-    ids = _listed(given, "prompt_token_ids", limits.max_seq_len - 1, "max_seq_len - 1", _context_error)
+    ids = listed(given, "prompt_token_ids", limits.max_seq_len - 1, "max_seq_len - 1", context_error)
     if not ids:
-        raise _refused("prompt_token_ids", "is empty; give at least one token")
-    return _checked_ids(ids, limits, "prompt_token_ids")
+        raise refused("prompt_token_ids", "is empty; give at least one token")
+    return checked_ids(ids, limits, "prompt_token_ids")
 
 
 def _max_tokens(given: int | None, num_prompt: int, limits: Limits) -> int:
     room = limits.max_seq_len - num_prompt
     if given is None:
         return room
-    value = _integer(given, "max_tokens", 1, None, "leave it None to fill the context")
+    value = integer(given, "max_tokens", 1, None, "leave it None to fill the context")
     if value > room:
-        raise _context_error(
+        raise context_error(
             "max_tokens",
-            f"is {_shown(value)} after a prompt of {num_prompt} tokens, and the two together may not exceed "
+            f"is {shown(value)} after a prompt of {num_prompt} tokens, and the two together may not exceed "
             f"{limits.max_seq_len}; shorten the prompt or ask for at most {room}",
         )
     return value
@@ -236,19 +305,19 @@ def _stop_token_ids(params: SamplingParams, limits: Limits) -> frozenset[int]:
     eos = () if params.ignore_eos else (i for i in limits.eos_token_ids if 0 <= i < limits.vocab_size)
     if params.stop_token_ids is None:
         return frozenset(eos)
-    ids = _listed(params.stop_token_ids, "stop_token_ids", limits.max_token_list, "the cap")
-    return frozenset(eos).union(_checked_ids(ids, limits, "stop_token_ids"))
+    ids = listed(params.stop_token_ids, "stop_token_ids", limits.max_token_list, "the cap")
+    return frozenset(eos).union(checked_ids(ids, limits, "stop_token_ids"))
 
 
 def _stop_strings(params: SamplingParams, limits: Limits) -> tuple[str, ...]:
     if params.stop is None:
         return ()
     given = [params.stop] if isinstance(params.stop, str) else params.stop
-    strings = _listed(given, "stop", limits.max_stop_strings, "the cap")
+    strings = listed(given, "stop", limits.max_stop_strings, "the cap")
     for i, text in enumerate(strings):
-        _check_text(text, f"stop[{i}]", limits.max_stop_length)
+        check_text(text, f"stop[{i}]", limits.max_stop_length)
     if strings and not params.detokenize:
-        raise _refused("stop", "needs text, and detokenize=False makes none; use stop_token_ids instead")
+        raise refused("stop", "needs text, and detokenize=False makes none; use stop_token_ids instead")
     return tuple(strings)
 
 
@@ -256,38 +325,38 @@ def _logit_bias(given: Mapping[int, float] | None, limits: Limits) -> tuple[tupl
     if given is None:
         return ()
     if not isinstance(cast(object, given), Mapping):
-        raise _refused("logit_bias", f"must map token ids to numbers, not be {_shown(given)}")
+        raise refused("logit_bias", f"must map token ids to numbers, not be {shown(given)}")
     if len(given) > limits.max_token_list:
-        raise _refused("logit_bias", f"has {len(given)} entries, at most {limits.max_token_list} are allowed")
+        raise refused("logit_bias", f"has {len(given)} entries, at most {limits.max_token_list} are allowed")
     bias: dict[int, float] = {}
     for key, value in given.items():
-        token_id = _integer(key, "logit_bias[key]", 0, limits.vocab_size - 1, "keys are token ids")
+        token_id = integer(key, "logit_bias[key]", 0, limits.vocab_size - 1, "keys are token ids")
         bound = limits.max_logit_bias
-        bias[token_id] = _number(value, f"logit_bias[{token_id}]", -bound, bound)
+        bias[token_id] = number(value, f"logit_bias[{token_id}]", -bound, bound)
     return tuple(sorted(bias.items()))
 
 
 def _deadline(given: float | None, arrival_s: float) -> float | None:
     if given is None:
         return None
-    value = _number(given, "timeout_s", 0.0, MAX_TIMEOUT_S, "leave it None for no time-out")
+    value = number(given, "timeout_s", 0.0, MAX_TIMEOUT_S, "leave it None for no time-out")
     if value == 0.0:
-        raise _refused("timeout_s", "must be above 0 seconds, not 0; leave it None for no time-out")
+        raise refused("timeout_s", "must be above 0 seconds, not 0; leave it None for no time-out")
     return arrival_s + value
 
 
 def _kv_retention(given: KvCacheRetentionConfig | None) -> KvCacheRetentionConfig | None:
     if given is not None and not isinstance(cast(object, given), KvCacheRetentionConfig):
-        raise _refused("kv_cache_retention_config", f"must be a KvCacheRetentionConfig, not {_shown(given)}")
+        raise refused("kv_cache_retention_config", f"must be a KvCacheRetentionConfig, not {shown(given)}")
     return given
 
 
 def _cache_salt(given: str | None, limits: Limits) -> str | None:
     if given is None:
         return None
-    _check_text(given, "cache_salt", limits.max_salt_length)
+    check_text(given, "cache_salt", limits.max_salt_length)
     if not SALT_PATTERN.fullmatch(given):
-        raise _refused("cache_salt", "may hold printable ASCII without spaces only; encode it, e.g. as hex")
+        raise refused("cache_salt", "may hold printable ASCII without spaces only; encode it, e.g. as hex")
     return given
 
 
@@ -297,96 +366,10 @@ def _check_served(params: SamplingParams) -> None:
         if value is unset:
             continue
         raise RequestError(
-            f"{name}={_shown(value)} is not served by this version; leave it unset ({unset!r}).",
+            f"{name}={shown(value)} is not served by this version; leave it unset ({unset!r}).",
             param=name,
             code="unsupported",
         )
     for name in FLAGS:
         if not isinstance(getattr(params, name), bool):
-            raise _refused(name, f"must be True or False, not {_shown(getattr(params, name))}")
-
-
-def _listed(
-    given: Any,
-    param: str,
-    cap: int,
-    cap_name: str,
-    error: Callable[[str, str], RequestError] | None = None,
-) -> list[Any]:
-    """Copy a bounded list, tuple, set or array; the bound is checked before anything is read."""
-    is_array = hasattr(given, "tolist") and getattr(given, "ndim", 1) == 1
-    if not is_array and not isinstance(given, list | tuple | set | frozenset):
-        raise _refused(param, f"must be a list, not {_shown(given)}")
-    values = cast(Any, given)
-    size = len(values)
-    if size > cap:
-        what = f"has {size} entries, at most {cap} ({cap_name}) are allowed; shorten it"
-        raise (error or _refused)(param, what)
-    return list(values.tolist() if is_array else values)
-
-
-def _checked_ids(ids: list[Any], limits: Limits, param: str) -> list[int]:
-    """Check types and range at C speed; look for the offender only where there is one."""
-    if not ids:
-        return ids
-    types = set(map(type, ids))
-    if types == {int} and min(ids) >= 0 and max(ids) < limits.vocab_size:
-        return ids
-    hint = f"ids are below the vocabulary of {limits.vocab_size}"
-    return [_integer(t, f"{param}[{i}]", 0, limits.vocab_size - 1, hint) for i, t in enumerate(ids)]
-
-
-def _integer(given: Any, param: str, low: int, high: int | None, hint: str = "") -> int:
-    allowed = f"from {low} to {high}" if high is not None else f"of at least {low}"
-    is_integer = not isinstance(given, bool) and isinstance(given, numbers.Integral)
-    value = cast(int, given)
-    if not is_integer or value < low or (high is not None and value > high):
-        raise _refused(param, f"must be an integer {allowed}, not {_shown(given)}{hint and '; '}{hint}")
-    return int(value)
-
-
-def _number(given: Any, param: str, low: float, high: float, hint: str = "") -> float:
-    is_number = not isinstance(given, bool) and isinstance(given, numbers.Real)
-    value = cast(float, given)
-    # NaN fails the comparison, and so does an integer too large for a float.
-    if not is_number or not low <= value <= high:
-        raise _refused(
-            param, f"must be a number from {low:g} to {high:g}, not {_shown(given)}{hint and '; '}{hint}"
-        )
-    return float(value)
-
-
-def _check_text(given: Any, param: str, cap: int | None) -> None:
-    if not isinstance(given, str) or not given:
-        raise _refused(param, f"must be a non-empty string, not {_shown(given)}")
-    if cap is not None and len(given) > cap:
-        raise _refused(param, f"has {len(given)} characters, at most {cap} are allowed; shorten it")
-    try:
-        given.encode()
-    except UnicodeEncodeError as error:
-        raise _refused(
-            param, f"has a lone surrogate at character {error.start}; send well-formed Unicode"
-        ) from None
-
-
-def _refused(param: str, what: str) -> RequestError:
-    return RequestError(f"{param} {what}.", param=param.partition("[")[0])
-
-
-def _context_error(param: str, what: str) -> RequestError:
-    return RequestError(f"{param} {what}.", param=param, code="context_length_exceeded")
-
-
-def _shown(value: object) -> str:
-    """Name a hostile value in bounded space: never a whole list, a long string or a million digits."""
-    if isinstance(value, str):
-        return repr(value[:40]) + ("..." if len(value) > 40 else "")
-    if value is None or isinstance(value, bool):
-        return repr(value)
-    if isinstance(value, numbers.Integral):
-        digits = int(value)
-        is_short = digits.bit_length() <= 128
-        return repr(digits) if is_short else f"an integer of {digits.bit_length()} bits"
-    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational):
-        return repr(float(value))
-    return f"a {type(value).__name__}"
+            raise refused(name, f"must be True or False, not {shown(getattr(params, name))}")

@@ -14,15 +14,7 @@ import msgspec
 from slipstream.core.options import options
 
 
-@options(
-    aliases={
-        "max_new_tokens": "max_tokens",
-        "min_new_tokens": "min_tokens",
-        "bad_words": "bad",
-        "structured_outputs": "guided_decoding",
-        "random_seed": "seed",
-    }
-)
+@options()
 class SamplingParams:
     """How one request turns logits into tokens, and when it stops.
 
@@ -32,6 +24,18 @@ class SamplingParams:
     log-softmax of the model's logits. `token_ids` of the output include the stop token that ended it, the
     text does not unless `include_stop_str_in_output`. Requests wait in the order of (`priority`, arrival),
     lower first; where pages run out, the last in that order gives way.
+
+    `bad` are texts that must not be written: the last token that would complete one is masked, in the ways a
+    tokenizer spells it alone and after a space. `no_repeat_ngram_size` counts prompt and output.
+    `truncate_prompt_tokens=k` keeps the last k tokens of the prompt, -1 as many as leave room for
+    `max_tokens`. `prompt_logprobs=k` is `logprobs` for the prompt; `return_context_logits` and
+    `return_generation_logits` return float32 logits of every prompt and output position.
+
+    A logits processor is called with the model's logits of one position (float32, on the engine's device,
+    before bias, penalties and masks) and the ids so far. How it is called follows from its parameters:
+    `(token_ids, logits)` with the generated ids, or `(prompt_token_ids, token_ids, logits)`, and it returns
+    logits of the same shape [V]; or `(req_id, logits, token_ids, stream_ptr, client_id)` with logits
+    [1, 1, V] to change in place and [prompt and generated ids]. One that raises ends its request alone.
     """
 
     max_tokens: int | None = 32
@@ -77,7 +81,9 @@ class RowSampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """The resolved, serialisable part of `SamplingParams` that a row carries on the device.
 
     `temperature` 0.0 means greedy; `top_k` 0, `top_p` 1.0 and `min_p` 0.0 mean off. While fewer than
-    `min_tokens` tokens are generated, every id of `stop_ids` is masked. `logprobs` -1 means none.
+    `min_tokens` tokens are generated, every id of `stop_ids` is masked. Nonempty `allowed_ids` mask all
+    others; the last id of a bad sequence is masked where the output ends with those before it. `logprobs` and
+    `prompt_logprobs` -1 mean none. `has_processors` says that callables beside the plan change the logits.
     """
 
     temperature: float = 0.0
@@ -90,11 +96,22 @@ class RowSampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    allowed_ids: tuple[int, ...] = ()
+    bad_ids: tuple[int, ...] = ()
+    bad_sequences: tuple[tuple[int, ...], ...] = ()
+    no_repeat_ngram_size: int = 0
     logprobs: int = -1
+    prompt_logprobs: int = -1
+    has_processors: bool = False
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def reads_history(self) -> bool:
+        """Say whether the next token depends on the order of the tokens before it."""
+        return bool(self.bad_sequences) or self.no_repeat_ngram_size > 0
 
     @property
     def has_penalties(self) -> bool:

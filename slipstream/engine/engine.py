@@ -1,7 +1,8 @@
 """The loop, as prose: plan, execute, commit, emit.
 
 Up to `depth` plans are outstanding: with 1 a step is collected before the next is planned, with 2 the next
-plan is launched before the last is committed. It is one loop for both.
+plan is launched before the last is committed. It is one loop for both. While a row runs whose next step needs
+tokens on the host, nothing is planned ahead of a step that is not collected.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections import deque
 from typing import Any
 
+from slipstream.core.errors import RequestError
 from slipstream.core.outputs import TokenEvent
 from slipstream.core.request import Request
 from slipstream.engine.runner import StepRunner
@@ -23,22 +25,33 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.depth = depth
+        # Why no request is taken at the moment, if none is.
+        self.refusal: RequestError | None = None
         self._in_flight: deque[Any] = deque()
+        # Samples still open of the requests that brought callables.
+        self._num_open: dict[str, int] = {}
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
     def submit(self, request: Request) -> None:
+        if self.refusal is not None:
+            raise self.refusal
         self.scheduler.submit(request)
+        if request.processors:
+            self.runner.processors.register(request.request_id, request.processors)
+            self._num_open[request.request_id] = request.num_samples
 
     def abort(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
-        return self.scheduler.abort(request_id, index)
+        return self._let_go(self.scheduler.abort(request_id, index))
 
     def step(self) -> list[TokenEvent]:
         """End what ran out of time, launch what can be launched, commit the oldest outstanding step."""
         expired = self.scheduler.expire(time.monotonic())
         while len(self._in_flight) < self.depth:
+            if self._in_flight and self.runner.needs_host_tokens:
+                break
             plan = self.scheduler.plan()
             if plan is None:
                 break
@@ -46,6 +59,17 @@ class Engine:
             self.runner.sample(handle)
             self._in_flight.append(handle)
         if not self._in_flight:
-            return expired
+            return self._let_go(expired)
         result = self.runner.collect(self._in_flight.popleft())
-        return expired + self.scheduler.commit(result)
+        return self._let_go(expired + self.scheduler.commit(result))
+
+    def _let_go(self, events: list[TokenEvent]) -> list[TokenEvent]:
+        """Drop the callables of requests whose last sample these events end."""
+        if self._num_open:
+            for event in events:
+                if event.finish_reason is not None and event.request_id in self._num_open:
+                    self._num_open[event.request_id] -= 1
+                    if not self._num_open[event.request_id]:
+                        del self._num_open[event.request_id]
+                        self.runner.processors.forget(event.request_id)
+        return events

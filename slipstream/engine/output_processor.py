@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from slipstream.core.errors import RequestError
 from slipstream.core.outputs import (
     CompletionOutput,
     FinishReason,
-    Logprob,
     RequestMetrics,
     RequestOutput,
     TokenEvent,
 )
 from slipstream.core.plan import TokenLogprobs
 from slipstream.core.request import Request
+from slipstream.engine.prompt_extras import PromptExtras, joined_logits, logprob_entry
 from slipstream.text.base import Tokenizer
 from slipstream.text.detokenizer import IncrementalDetokenizer
 from slipstream.text.stop_strings import StopMatcher
@@ -51,6 +53,7 @@ class Sample:
         if request.sampling.logprobs >= 0:
             self.output.logprobs = []
             self.output.cumulative_logprob = 0.0
+        self._logits: list[Any] | None = [] if "generation_logits" in request.logits else None
         self._shown_tokens = 0
         self._shown_text = 0
 
@@ -70,6 +73,8 @@ class Sample:
             self.output.token_ids.append(token)
             if event.logprobs:
                 self._take_logprobs(event.logprobs[position])
+            if self._logits is not None:
+                self._logits += [values for what, _, values in event.extras if what == "generation_logits"]
             is_hidden = is_stop_token and position == last and not self._include_stop
             stop = None if is_hidden else self._take_text(token)
             if stop is not None:
@@ -110,17 +115,15 @@ class Sample:
     def _take_logprobs(self, logprobs: TokenLogprobs) -> None:
         output = self.output
         assert output.logprobs is not None and output.cumulative_logprob is not None
-        entry = {token: Logprob(value, rank) for rank, (token, value) in enumerate(logprobs.top, start=1)}
-        entry[logprobs.token_id] = Logprob(logprobs.logprob, logprobs.rank)
-        if self._tokenizer is not None:
-            for token, logprob in entry.items():
-                logprob.decoded_token = self._tokenizer.token_text(token)
-        output.logprobs.append(entry)
+        output.logprobs.append(logprob_entry(logprobs, self._tokenizer))
         output.cumulative_logprob += logprobs.logprob
 
     def snapshot(self) -> CompletionOutput:
         """Return a copy that later tokens do not change, with what is new since the last one."""
         output = self.output
+        if self._logits is not None and self.is_finished and output.generation_logits is None:
+            output.generation_logits = joined_logits(self._logits)
+            self._logits = None
         shown = dataclasses.replace(
             output,
             token_ids=list(output.token_ids),
@@ -152,7 +155,9 @@ class Pending:
         self.num_open = request.num_samples
         self.metrics = RequestMetrics(request.arrival_s)
         self.num_cached_tokens = 0
+        self.prompt = PromptExtras(request, tokenizer) if request.logits else None
         self.error: RequestError | None = None
+        self.hidden_states: list[Any] = []
 
     def output(self) -> RequestOutput:
         request = self.request
@@ -162,9 +167,12 @@ class Pending:
             prompt_token_ids=request.prompt_token_ids,
             outputs=[sample.snapshot() for sample in self.samples],
             finished=self.num_open == 0,
+            prompt_logprobs=self.prompt.logprobs if self.prompt else None,
+            context_logits=self.prompt.logits if self.prompt else None,
             num_cached_tokens=self.num_cached_tokens,
             metrics=dataclasses.replace(self.metrics),
             error=self.error,
+            hidden_states=self.hidden_states,
         )
 
 
@@ -178,6 +186,8 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._interval = stream_interval
         self._pending: dict[str, Pending] = {}
+        # How many samples have ended for each reason since the start.
+        self.finish_reasons: Counter[str] = Counter()
 
     @property
     def num_pending(self) -> int:
@@ -221,10 +231,13 @@ class OutputProcessor:
         if event.new_token_ids and pending.metrics.first_token_s is None:
             pending.metrics.first_token_s = now
         pending.num_cached_tokens = max(pending.num_cached_tokens, event.num_cached_tokens)
+        pending.hidden_states += [values for what, _, values in event.extras if what == "hidden_states"]
         if event.error is not None:
             message, code = event.error
             pending.error = RequestError(message, code=code)
         try:
+            if event.extras and pending.prompt is not None:
+                pending.prompt.take(event.extras)
             must_abort = sample.take(event)
         except Exception as error:
             logger.exception("processing output of request %s failed", pending.request.request_id)
@@ -233,7 +246,8 @@ class OutputProcessor:
             )
             sample.output.finish_reason = "error"
             must_abort = event.finish_reason is None
-        if sample.is_finished:
+        if sample.output.finish_reason is not None:
+            self.finish_reasons[sample.output.finish_reason] += 1
             pending.num_open -= 1
             if pending.num_open == 0:
                 pending.metrics.finished_s = now

@@ -61,6 +61,12 @@ class PromptEncoder:
         except RequestError as error:
             return Encoded([], prompt if isinstance(prompt, str) else None, error)
 
+    def encode_bad(self, text: str) -> list[list[int]]:
+        """Return the ids of a bad text as a tokenizer spells it inside a text, alone and after a space."""
+        word = text.strip()
+        spellings = {text: None, " " + text.lstrip(): None} if word else {text: None}
+        return [self.tokenizer.encode_ordinary(spelling, is_start=False) for spelling in spellings]
+
     def _tokenize(self, text: str) -> list[int]:
         if not text:
             raise RequestError("The prompt is empty; give at least one character or token.", param="prompt")

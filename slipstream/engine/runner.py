@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +23,12 @@ from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
 from slipstream.core.plan import StepPlan, StepResult, TokenLogprobs
 from slipstream.engine.rows import Rows, StepInputs
-from slipstream.sampling.sampler import SampleOutput, Sampler
+from slipstream.engine.wanted_logits import Wanted, WantedLogits, read_all
+from slipstream.sampling.base import HostCopy, SampleOutput
+from slipstream.sampling.history import TokenHistory
+from slipstream.sampling.processors import ProcessedRow, ProcessorTable
+from slipstream.sampling.sampler import Sampler
+from slipstream.sampling.state import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +47,38 @@ class StepRunner(Protocol):
 
     def collect(self, handle: Any) -> StepResult: ...
 
+    @property
+    def processors(self) -> ProcessorTable: ...
+
+    @property
+    def needs_host_tokens(self) -> bool: ...
+
+    @property
+    def has_model(self) -> bool: ...
+
+    def set_model(self, model: Any) -> None: ...
+
+    def drop_pages(self) -> None: ...
+
+    def make_pages(self) -> None: ...
+
 
 @dataclasses.dataclass(slots=True)
 class StepHandle:
     """One launched step. `logits_RV` are of the rows of `plan.sample`, in that order.
 
-    `is_finite_R` says of `quiet_rows`, whose spans are not sampled, whether their last hidden state is
-    finite: a bad chunk must be known before its pages are reused.
+    `is_finite` says of `quiet_rows`, whose spans are not sampled, whether their last hidden state is
+    finite: a bad chunk must be known before its pages are reused. `processed` are the sampled rows with
+    callables (their numbers may be another request's by the time of `collect`).
     """
 
     plan: StepPlan
     logits_RV: Tensor | None = None
     quiet_rows: list[int] = dataclasses.field(default_factory=list[int])
-    is_finite_R: Tensor | None = None
+    is_finite: HostCopy | None = None
+    wanted: list[Wanted] = dataclasses.field(default_factory=list[Wanted])
+    processed: dict[int, ProcessedRow] = dataclasses.field(default_factory=dict[int, ProcessedRow])
+    processor_errors: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
     sampled: SampleOutput | None = None
     error: str | None = None
 
@@ -86,16 +110,41 @@ class Runner:
             block_tokens=block_tokens,
             device=device,
         )
-        self.sampler = Sampler(max_rows=max_batch_size, vocab_size=model.config.vocab_size, device=device)
-        self.pages = _allocate_pages(groups[0], num_pages, kv_dtype, device)
+        self.sampler = Sampler(
+            max_rows=max_batch_size,
+            vocab_size=model.config.vocab_size,
+            device=device,
+            history=TokenHistory(self.rows.tokens, self.rows.lengths),
+        )
+        self.processors = ProcessorTable()
+        self._wanted = WantedLogits(self.rows)
+        self._num_pages, self._kv_dtype = num_pages, kv_dtype
+        self.make_pages()
         self._layer_place = bind_layers(groups)
-        self._kv_pages = [self.pages] * len(groups)
+
+    @property
+    def has_model(self) -> bool:
+        return self.model is not None
+
+    def set_model(self, model: Any) -> None:
+        """Run another model of the same configuration from the next step on, or (None) let go of it."""
+        self.model = model
+
+    def drop_pages(self) -> None:
+        """Give the memory of all pages back; no step may run before `make_pages`."""
+        self.pages = torch.empty(0)
+        self._kv_pages: list[Tensor] = []
+
+    def make_pages(self) -> None:
+        """Allocate all pages, zeroed."""
+        self.pages = _allocate_pages(self.groups[0], self._num_pages, self._kv_dtype, self._device)
+        self._kv_pages = [self.pages] * len(self.groups)
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Apply a plan and run its forward; blocks on a CPU, only enqueues on a GPU."""
         handle = StepHandle(plan)
-        if plan.loads or plan.stores or plan.logits:
-            raise UnsupportedError("Plans with loads, stores or logits are not served by this version.")
+        if plan.loads or plan.stores:
+            raise UnsupportedError("Plans with loads or stores are not served by this version.")
         try:
             with torch.inference_mode():
                 self._apply(plan)
@@ -108,15 +157,19 @@ class Runner:
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.removed:
             self.sampler.remove(row)
+            self.processors.remove(row)
         for init in plan.added:
             self.sampler.add(
                 init.row, init.sampling, init.tokens, init.num_prompt, init.seed, init.sample_idx
             )
+            if init.sampling.has_processors:
+                self.processors.add(init.row, init.request_id, init.tokens, init.num_prompt)
+        self._wanted.apply(plan)
         self.rows.apply(plan)
         if plan.copies:
             # A page may be zeroed and then copied onto: the last copy of each destination counts.
             sources = {destination: source for source, destination in plan.copies}
-            pairs = torch.tensor([list(sources), list(sources.values())], device=self._device)
+            pairs = to_device([list(sources), list(sources.values())], torch.int64, self._device)
             self.pages[pairs[0]] = self.pages[pairs[1]]
 
     def _forward(self, handle: StepHandle) -> None:
@@ -136,10 +189,12 @@ class Runner:
                 (span.row, end) for span, end in zip(plan.spans, ends, strict=True) if span.row not in sampled
             ]
             handle.quiet_rows = [row for row, _ in quiet]
-            last = torch.tensor([int(end) for _, end in quiet]).to(self._device, non_blocking=True)
-            handle.is_finite_R = hidden_TD[last].isfinite().all(dim=1)
+            last = to_device([int(end) for _, end in quiet], torch.int64, self._device)
+            handle.is_finite = HostCopy(hidden_TD[last].isfinite().all(dim=1))
         if plan.sample:
             handle.logits_RV = self.model.logits(hidden_TD[batch.logits_idx])
+        if plan.logits:
+            handle.wanted = self._wanted.compute(self.model, plan, hidden_TD, handle.logits_RV)
 
     def _batch(self, plan: StepPlan, inputs: StepInputs) -> ForwardBatch:
         return ForwardBatch(
@@ -164,7 +219,7 @@ class Runner:
         else:
             span_of_row = {span.row: idx for idx, span in enumerate(plan.spans)}
             chosen = last[[span_of_row[row] for row in plan.sample]]
-        return torch.from_numpy(np.ascontiguousarray(chosen)).to(self._device, non_blocking=True)
+        return to_device(chosen.tolist(), torch.int64, self._device)
 
     def sample(self, handle: StepHandle, masks: Tensor | None = None) -> None:
         """Draw the tokens of a launched step and append them to their rows, on the device."""
@@ -173,13 +228,26 @@ class Runner:
         try:
             with torch.inference_mode():
                 rows = handle.plan.sample
-                handle.sampled = self.sampler.sample(handle.logits_RV, rows, masks)
-                rows_R = torch.tensor(rows, device=self._device)
-                self.rows.append(rows_R, handle.sampled.token_ids_R)
+                handle.processed = self.processors.among(rows) if len(self.processors) else {}
+                edit = self._processing(handle) if handle.processed else None
+                handle.sampled = self.sampler.sample(handle.logits_RV, rows, masks, edit=edit)
+                self.rows.append(to_device(rows, torch.int64, self._device), handle.sampled.token_ids_R)
+                handle.sampled.start_copy()
         except Exception as error:
             logger.exception("sampling of step %d failed", handle.plan.step_id)
             handle.error = f"sampling failed: {type(error).__name__}"
         handle.logits_RV = None
+
+    def _processing(self, handle: StepHandle) -> Callable[[Tensor], None]:
+        def edit(logits_RV: Tensor) -> None:
+            handle.processor_errors = self.processors.apply(logits_RV, handle.plan.sample)
+
+        return edit
+
+    @property
+    def needs_host_tokens(self) -> bool:
+        """Say whether a row here needs the tokens of a step on the host before the next is launched."""
+        return len(self.processors) > 0
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Wait for a step and return what it brought, in host numbers."""
@@ -188,19 +256,26 @@ class Runner:
             rows = [span.row for span in plan.spans]
             return StepResult(plan.step_id, row_errors=dict.fromkeys(rows, handle.error))
         result = StepResult(plan.step_id, executed_tokens=plan.num_tokens)
-        if handle.is_finite_R is not None and not bool(handle.is_finite_R.all()):
-            finite = zip(handle.quiet_rows, handle.is_finite_R.tolist(), strict=True)
+        if handle.is_finite is not None:
+            finite = zip(handle.quiet_rows, handle.is_finite.numbers(), strict=True)
             result.row_errors = {row: STATUS_MESSAGES[1] for row, is_finite in finite if not is_finite}
+        if handle.wanted:
+            result.extras = dict(read_all(handle.wanted))
         if handle.sampled is None:
             return result
-        ids = handle.sampled.token_ids_R.tolist()
+        ids, statuses = handle.sampled.tokens(), handle.sampled.statuses()
         result.tokens = {row: [token] for row, token in zip(plan.sample, ids, strict=True)}
-        statuses = handle.sampled.status_R
-        if statuses.any():
-            for row, status in zip(plan.sample, statuses.tolist(), strict=True):
+        if any(statuses):
+            for row, status in zip(plan.sample, statuses, strict=True):
                 if status:
                     result.tokens[row] = []
                     result.row_errors[row] = STATUS_MESSAGES[status]
+        for row, message in handle.processor_errors.items():
+            result.tokens[row] = []
+            result.row_errors[row] = message
+            result.error_codes[row] = "processing_error"
+        for row, processed in handle.processed.items():
+            processed.tokens += result.tokens[row]
         result.logprobs = _logprobs(handle.sampled, plan.sample)
         return result
 

@@ -435,7 +435,8 @@ class Scheduler:
                 sequence.num_computed = end
             ids = tokens.get(row)
             if ids is None or step_id <= sequence.discard_through:
-                if row in result.extras:
+                # What a rewound step computed from bad pages is computed again.
+                if row in result.extras and step_id > sequence.discard_through:
                     self._commit_extras(sequence, result.extras[row], end, events)
                 continue
             sequence.num_in_flight -= 1
@@ -480,15 +481,18 @@ class Scheduler:
         has nothing to say, but what it wrote is as bad.
         """
         self._rewind_readers(self.cache.condemn_pages(result.kv_failed), entries)
-        failing = [(seq, result.row_errors[row]) for row, seq, _ in entries if row in result.row_errors]
-        for sequence, message in sorted(failing, key=lambda pair: pair[0].admission):
+        failing = [(seq, row) for row, seq, _ in entries if row in result.row_errors]
+        for sequence, row in sorted(failing, key=lambda pair: pair[0].admission):
+            message, code = result.row_errors[row], result.error_codes.get(row, "numerical_error")
             if sequence.discard_through >= result.step_id:
                 continue
-            bad = self.cache.condemn(sequence.table)
+            # Only where the numbers are bad are the pages; a processor that raises harms no reader of them.
+            is_sound = code != "numerical_error"
+            bad: set[int] = set() if is_sound else self.cache.condemn(sequence.table)
             if sequence.state is not State.FINISHED:
                 event = _event(sequence, finish_reason="error")
-                event.error = (message, "numerical_error")
-                self._finish(sequence, keep=False)
+                event.error = (message, code)
+                self._finish(sequence, keep=is_sound)
                 events.append(event)
             self._rewind_readers(bad, entries)
 

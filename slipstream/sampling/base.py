@@ -38,9 +38,16 @@ class HostCopy:
 
     def numbers(self) -> list[Any]:
         """Wait for this copy alone, not for steps launched after it."""
+        return cast(Any, self._waited()).tolist()
+
+    def array(self) -> Any:
+        """Return a numpy array over the copy's own memory, as `numbers` waits for it."""
+        return cast(Any, self._waited()).numpy()
+
+    def _waited(self) -> Tensor:
         if self._event is not None:
             self._event.synchronize()
-        return cast(Any, self._host).tolist()
+        return self._host
 
 
 @dataclasses.dataclass(slots=True)
@@ -93,12 +100,16 @@ class SampleOutput:
         if not self._lines:
             self.start_copy()
             self._lines = self._copies[2].numbers()
-        line = self._lines[table.place[i]]
-        token_id, logprob, rank, status = line[:NUM_SCALARS]
-        if status != OK:
-            return None
-        k, half = table.num_top[i], (len(line) - NUM_SCALARS) // 2
-        ids = line[NUM_SCALARS : NUM_SCALARS + k]
-        values = line[NUM_SCALARS + half : NUM_SCALARS + half + k]
-        top = [(int(t), v) for t, v in zip(ids, values, strict=True)]
-        return TokenLogprobs(token_id=int(token_id), logprob=logprob, rank=int(rank), top=top)
+        return unpack_logprobs(self._lines[table.place[i]], table.num_top[i])
+
+
+def unpack_logprobs(line: list[float], num_top: int) -> TokenLogprobs | None:
+    """Read one packed row and its first `num_top` leading tokens; None where its status is not OK."""
+    token_id, logprob, rank, status = line[:NUM_SCALARS]
+    if status != OK:
+        return None
+    half = (len(line) - NUM_SCALARS) // 2
+    ids = line[NUM_SCALARS : NUM_SCALARS + num_top]
+    values = line[NUM_SCALARS + half : NUM_SCALARS + half + num_top]
+    top = [(int(t), v) for t, v in zip(ids, values, strict=True)]
+    return TokenLogprobs(token_id=int(token_id), logprob=logprob, rank=int(rank), top=top)

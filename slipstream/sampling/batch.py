@@ -3,7 +3,7 @@
 Invariant: a batch reads host knowledge only (parameters), never a token or a length; it is valid until a row
 of the sampler is removed, or outgrows `min_tokens`. Index tensors are batch-local (0..R-1) unless
 named `rows`. Shapes: R rows of the batch, N random rows (ordered by group), P rows with penalties, E sparse
-edits.
+edits, A rows with allowed ids.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from slipstream.core.sampling_params import RowSampling
 from slipstream.sampling import state
 from slipstream.sampling.filters import FilterParams
+from slipstream.sampling.history import NgramRule, SequenceRule
 from slipstream.sampling.philox import Philox
 from slipstream.sampling.state import RowTable, to_device
 
@@ -55,6 +56,14 @@ class SparseEdits:
     values_E: Tensor
 
 
+@dataclasses.dataclass(slots=True)
+class Allowed:
+    """Rows of which only the places (row * V + id) of the flattened logits stay."""
+
+    index_A: Tensor
+    places_E: Tensor
+
+
 class Batch:
     """The rows of a step, sorted by what they ask for."""
 
@@ -84,7 +93,14 @@ class Batch:
             (i * vocab_size + t, i) for i, s in enumerate(asked) if rows[i] in pending for t in s.stop_ids
         ]
         self.early_stops = self._edits(early, torch.int64)
-        self.has_edits = bool(bias or early or self.penalised)
+        self.allowed = self._allowed(asked, vocab_size)
+        bad = [i * vocab_size + t for i, s in enumerate(asked) for t in s.bad_ids]
+        self.bad_E = self._index(bad) if bad else None
+        self.ngrams = self._ngrams(asked)
+        self.sequences = self._sequences(asked, vocab_size)
+        self.has_edits = bool(
+            bias or early or self.penalised or self.allowed or bad or self.ngrams or self.sequences
+        )
         self.is_plain_greedy = not (self.groups or self.has_edits or self.num_top or self.pending)
         self._noise: Tensor = torch.empty(0, 0)
         self._column = 0
@@ -158,6 +174,37 @@ class Batch:
             repetition_P=floats[:, state.REPETITION],
             presence_P=floats[:, state.PRESENCE],
             frequency_P=floats[:, state.FREQUENCY],
+        )
+
+    def _allowed(self, asked: list[RowSampling], vocab_size: int) -> Allowed | None:
+        limited = [i for i, s in enumerate(asked) if s.allowed_ids]
+        if not limited:
+            return None
+        places = [i * vocab_size + t for i in limited for t in asked[i].allowed_ids]
+        return Allowed(self._index(limited), self._index(places))
+
+    def _ngrams(self, asked: list[RowSampling]) -> list[NgramRule]:
+        members: dict[int, list[int]] = {}
+        for i, s in enumerate(asked):
+            if s.no_repeat_ngram_size:
+                members.setdefault(s.no_repeat_ngram_size, []).append(i)
+        rules: list[NgramRule] = []
+        for size, places in members.items():
+            rows = [self.rows[i] for i in places]
+            rules.append(NgramRule(size, self._index(places), self._index(rows), rows))
+        return rules
+
+    def _sequences(self, asked: list[RowSampling], vocab_size: int) -> SequenceRule | None:
+        bad = [(i, ids) for i, s in enumerate(asked) for ids in s.bad_sequences]
+        if not bad:
+            return None
+        longest = max(len(ids) for _, ids in bad) - 1
+        padded = [token for _, ids in bad for token in (*ids[:-1], *[0] * (longest + 1 - len(ids)))]
+        return SequenceRule(
+            prefix_SM=self._index(padded).view(len(bad), longest),
+            length_S=self._index([len(ids) - 1 for _, ids in bad]),
+            rows_S=self._index([self.rows[i] for i, _ in bad]),
+            places_S=self._index([i * vocab_size + ids[-1] for i, ids in bad]),
         )
 
     def _edits(

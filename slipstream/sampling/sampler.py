@@ -1,9 +1,11 @@
 """Which token does each row get? `Sampler`: one vectorised pass over the logits of a mixed batch.
 
-Order: raw log-softmax for logprobs; then logit bias; repetition, presence and frequency penalties; the stop
-ids of rows below `min_tokens`; the mask; then a greedy row takes the largest logit and a random row goes
-through temperature, top-k, top-p, min-p and the draw (`filters.py`). transformers has the same order; vLLM
-has minimum length and bias before the penalties, and min-p before top-k and top-p.
+Order: raw log-softmax for logprobs; what the caller does to the logits itself; logit bias; repetition,
+presence and frequency penalties; masks (the stop ids of rows below `min_tokens`, tokens not allowed or bad,
+repeated n-grams, the caller's mask); then a greedy row takes the largest logit and a random row goes through
+temperature, top-k, top-p, min-p and the draw (`filters.py`). transformers has the same order except that its
+custom processors come last; vLLM has minimum length and bias before the penalties, and min-p before top-k
+and top-p.
 
 Invariant: `sample` needs no token, length or count from the host and never waits for the device, so a step
 may be launched before the last one is known; a row's result does not depend on its neighbours.
@@ -11,6 +13,8 @@ Shapes: R rows of the step, V vocabulary, N, P, L rows of it that are random, pe
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ from slipstream.sampling.base import ALL_MASKED, BAD_LOGITS, OK, PackedLogprobs,
 from slipstream.sampling.batch import Batch, Group
 from slipstream.sampling.candidates import greatest
 from slipstream.sampling.filters import draw_full, draw_top_k, draw_top_p
+from slipstream.sampling.history import TokenHistory, mask_completions, mask_repeats
 from slipstream.sampling.logprobs import pack_logprobs
 from slipstream.sampling.penalties import PenaltyTables
 from slipstream.sampling.philox import Philox
@@ -30,16 +35,27 @@ class Sampler:
     """Sampling state of the engine's rows on one device.
 
     Calls are made from one thread, in stream order. `add` and `remove` are invariants of the scheduler (a row
-    is free when added), hence asserts.
+    is free when added), hence asserts. `history` is the caller's token buffer; rules on what came before need
+    it, and the caller appends each sampled token to it before the next step.
     """
 
-    def __init__(self, *, max_rows: int, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        vocab_size: int,
+        device: torch.device | str,
+        history: TokenHistory | None = None,
+    ) -> None:
         self._device = torch.device(device)
         self._max_rows = max_rows
         self._vocab_size = vocab_size
         self._philox = Philox(self._device)
         self._table = RowTable(max_rows=max_rows, device=self._device)
         self._tables = PenaltyTables(max_rows=max_rows, vocab_size=vocab_size, device=self._device)
+        self._history = history
+        # The most tokens that a row with rules on its history can have.
+        self._widths: dict[int, int] = {}
         self._params: dict[int, RowSampling] = {}
         self._slots: dict[int, int] = {}
         # Calls of `sample` until a row has certainly passed its min_tokens.
@@ -55,6 +71,9 @@ class Sampler:
         slot = NO_SLOT
         if sampling.has_penalties:
             slot = self._slots[row] = self._tables.claim(tokens, num_prompt)
+        if sampling.reads_history:
+            assert self._history is not None, "a row reads its history and there is none"
+            self._widths[row] = len(tokens)
         if sampling.min_tokens > num_outputs:
             self._pending[row] = sampling.min_tokens - num_outputs
         self._table.write(row, sampling, seed=seed, sample_idx=sample_idx, position=num_outputs, slot=slot)
@@ -64,27 +83,39 @@ class Sampler:
         """Forget a row; it may be added again at once."""
         del self._params[row]
         self._pending.pop(row, None)
+        self._widths.pop(row, None)
         if row in self._slots:
             self._tables.release(self._slots.pop(row))
         self._batch = None
 
-    def sample(self, logits_RV: Tensor, rows: list[int], masks: Tensor | None = None) -> SampleOutput:
+    def sample(
+        self,
+        logits_RV: Tensor,
+        rows: list[int],
+        masks: Tensor | None = None,
+        *,
+        edit: Callable[[Tensor], None] | None = None,
+    ) -> SampleOutput:
         """Draw one token per row and count it.
 
         `logits_RV` is float32 [R, V] on the sampler's device, line i for `rows[i]` (distinct), and may be
-        overwritten; `masks` is bool [R, V], true where a token is allowed. Never synchronises.
+        overwritten; `masks` is bool [R, V], true where a token is allowed. `edit` changes the logits in place
+        before anything else does. Never synchronises.
         """
         assert logits_RV.dtype == torch.float32 and logits_RV.shape == (len(rows), self._vocab_size)
         batch = self._batch_of(rows)
-        if batch.is_plain_greedy and masks is None:
+        has_edits = batch.has_edits or masks is not None or edit is not None
+        if batch.is_plain_greedy and not has_edits:
             return self._greedy(logits_RV)
-        has_edits = batch.has_edits or masks is not None
         logits_RV = logits_RV.contiguous()
         raw_max, token_ids = greatest(logits_RV)
         raw_LV = self._raw(logits_RV, batch, is_overwritten=has_edits)
         status = _status(raw_max)
+        if edit is not None:
+            edit(logits_RV)
         if has_edits:
-            self._edit(logits_RV, batch, masks)
+            self._edit(logits_RV, batch)
+            self._mask(logits_RV, batch, masks)
             edited_max, token_ids = greatest(logits_RV)
             status = torch.where(status != OK, status, _status(edited_max))
         if batch.groups:
@@ -122,7 +153,8 @@ class Sampler:
             return logits_RV
         return logits_RV.index_select(0, batch.logprobs_L)
 
-    def _edit(self, logits_RV: Tensor, batch: Batch, masks: Tensor | None) -> None:
+    def _edit(self, logits_RV: Tensor, batch: Batch) -> None:
+        """Add biases and penalties."""
         flat = logits_RV.view(-1)
         if batch.bias is not None:
             places = batch.bias.places_E
@@ -137,19 +169,42 @@ class Sampler:
                 presence_P=p.presence_P,
                 frequency_P=p.frequency_P,
             )
+
+    def _mask(self, logits_RV: Tensor, batch: Batch, masks: Tensor | None) -> None:
+        """Put what is not allowed at -inf; masks only remove, so their order does not matter."""
+        flat = logits_RV.view(-1)
         if batch.early_stops is not None:
             places, owners = batch.early_stops.places_E, batch.early_stops.values_E
             is_early = self._table.is_early(batch.rows_R).index_select(0, owners)
             old = flat.index_select(0, places)
             flat.index_copy_(0, places, old.masked_fill(is_early, -torch.inf))
+        if batch.allowed is not None:
+            kept = flat.index_select(0, batch.allowed.places_E)
+            logits_RV.index_fill_(0, batch.allowed.index_A, -torch.inf)
+            flat.index_copy_(0, batch.allowed.places_E, kept)
+        if batch.bad_E is not None:
+            flat.index_fill_(0, batch.bad_E, -torch.inf)
+        if self._history is not None:
+            self._mask_by_history(logits_RV, batch, self._history)
         if masks is not None:
             logits_RV.masked_fill_(~masks, -torch.inf)
+
+    def _mask_by_history(self, logits_RV: Tensor, batch: Batch, history: TokenHistory) -> None:
+        for rule in batch.ngrams:
+            width = max(self._widths[row] for row in rule.rows)
+            mask_repeats(logits_RV, history, rule, width=width)
+        if batch.sequences is not None:
+            num_outputs = self._table.position.index_select(0, batch.sequences.rows_S)
+            mask_completions(logits_RV, history, batch.sequences, num_outputs_S=num_outputs)
 
     def _count(self, batch: Batch, token_ids: Tensor) -> None:
         self._table.advance(batch.rows_R)
         if batch.penalised is not None:
             p = batch.penalised
             self._tables.count(p.slots_P, token_ids.index_select(0, p.index_P))
+        for rule in batch.ngrams:
+            for row in rule.rows:
+                self._widths[row] += 1
         for row in batch.pending:
             self._pending[row] -= 1
             if self._pending[row] == 0:

@@ -17,7 +17,9 @@ KEY_LOW, KEY_HIGH, SAMPLE_IDX, TOP_K, MIN_TOKENS, SLOT = range(6)
 NO_SLOT = -1
 
 
-def to_device(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(
+    values: list[int] | list[float] | list[list[int]], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Copy host numbers to the device without waiting (from pinned memory on a GPU)."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from slipstream.core import request as request_module
 from slipstream.core.errors import RequestError
+from slipstream.core.kv_retention import KvCacheRetentionConfig
 from slipstream.core.limits import Limits
-from slipstream.core.request import Request
+from slipstream.core.request import Request, RequestOptions
 from slipstream.core.sampling_params import SamplingParams
 
 LIMITS = Limits(vocab_size=1000, max_seq_len=100, eos_token_ids=(2, 7))
@@ -173,6 +174,32 @@ def test_huge_max_tokens_exceed_the_context(value):
         ("cache_salt", 5),
         ("ignore_eos", 1),
         ("detokenize", None),
+        ("return_context_logits", 1),
+        ("return_generation_logits", None),
+        ("bad", ""),
+        ("bad", ["x"]),
+        ("bad", 5),
+        ("bad", "a" * 2**20),
+        ("bad", ["a"] * 10_000),
+        ("bad_token_ids", [1000]),
+        ("bad_token_ids", [1] * 10**6),
+        ("bad_token_ids", range(1000)),
+        ("bad_token_ids", list(range(1000))),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("allowed_token_ids", [1] * 1001),
+        ("no_repeat_ngram_size", -1),
+        ("no_repeat_ngram_size", 257),
+        ("no_repeat_ngram_size", 2.0),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 65),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("truncate_prompt_tokens", "all"),
+        ("logits_processor", 5),
+        ("logits_processor", [len, 5]),
+        ("logits_processor", lambda a: a),
+        ("logits_processor", [lambda a, b: b] * 65),
     ],
     ids=short,
 )
@@ -221,17 +248,7 @@ def test_a_tiny_temperature_is_refused_with_advice():
         ("beam_width", 2),
         ("length_penalty", 1.0),
         ("early_stopping", False),
-        ("bad", ["x"]),
-        ("bad_token_ids", [1]),
-        ("allowed_token_ids", [1]),
-        ("no_repeat_ngram_size", 2),
-        ("prompt_logprobs", 0),
-        ("return_context_logits", True),
-        ("return_generation_logits", True),
-        ("truncate_prompt_tokens", 4),
         ("guided_decoding", np.zeros(2)),
-        ("logits_processor", print),
-        ("priority", 1),
     ],
     ids=short,
 )
@@ -256,6 +273,40 @@ def test_stop_tokens_are_the_models_and_the_users():
     assert create(min_tokens=1, stop_token_ids={9}).sampling.stop_ids == (2, 7, 9)
     out_of_vocab = Limits(vocab_size=1000, max_seq_len=100, eos_token_ids=(2, 1000))
     assert create(limits=out_of_vocab, min_tokens=1).sampling.stop_ids == (2,)
+
+
+@pytest.mark.parametrize("value", [-(2**31), -1, 0, 7, 2**31 - 1])
+def test_priorities(value):
+    assert create(priority=value).priority == value
+
+
+@pytest.mark.parametrize("value", [-(2**31) - 1, 2**31, 1.0, True, None, "high"])
+def test_priorities_are_bounded(value):
+    assert refusal(priority=value).param == "priority"
+
+
+def with_options(**options):
+    options = RequestOptions(**options)
+    return Request.create([1], SamplingParams(), LIMITS, request_id="r", arrival_s=5.0, options=options)
+
+
+def test_a_timeout_counts_from_the_arrival():
+    assert with_options(timeout_s=0.25).deadline_s == 5.25 and with_options().deadline_s is None
+    assert [sample.deadline_s for sample in create(n=2).samples()] == [None, None]
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, 1e9, True, "soon"])
+def test_timeouts_are_bounded(value):
+    with pytest.raises(RequestError) as caught:
+        with_options(timeout_s=value)
+    assert caught.value.param == "timeout_s" and "None for no time-out" in caught.value.message
+
+
+def test_retention_is_of_its_own_kind():
+    kept = KvCacheRetentionConfig(decode_retention_priority=1)
+    assert with_options(kv_retention=kept).kv_retention is kept
+    with pytest.raises(RequestError, match="must be a KvCacheRetentionConfig, not a dict"):
+        with_options(kv_retention={"decode_retention_priority": 1})
 
 
 def test_stop_strings_need_text():

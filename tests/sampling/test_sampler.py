@@ -15,7 +15,9 @@ from slipstream.core.sampling_params import RowSampling
 from slipstream.sampling import sampler as sampler_module
 from slipstream.sampling.base import ALL_MASKED, BAD_LOGITS, OK
 from slipstream.sampling.batch import Batch
+from slipstream.sampling.history import TokenHistory
 from slipstream.sampling.sampler import Sampler
+from slipstream.sampling.state import to_device
 
 PROMPT = [1, 2, 3]
 
@@ -34,11 +36,42 @@ MIXED = [
         temperature=1.2, top_k=300, logit_bias=((3, 5.0), (9, -100.0)), min_tokens=4, stop_ids=(3, 4)
     ),
     RowSampling(min_tokens=2, stop_ids=(0, 1, 2), logprobs=1),
+    RowSampling(temperature=1.0, allowed_ids=tuple(range(20, 90)), bad_ids=(25, 30), prompt_logprobs=1),
+    RowSampling(no_repeat_ngram_size=1, repetition_penalty=0.5, logprobs=3),
+    RowSampling(
+        temperature=0.9,
+        no_repeat_ngram_size=2,
+        allowed_ids=(3, 5, 9, 50, 52, 54, 57, 58),
+        has_processors=True,
+    ),
+    RowSampling(bad_sequences=((7, 8), *((t, 8, t) for t in range(60))), logit_bias=((7, 20.0), (8, 20.0))),
 ]
 
 
+class Recorded(Sampler):
+    """A sampler and the token buffer that a runner keeps beside it."""
+
+    def __init__(self, *, max_rows, vocab_size, device):
+        tokens = torch.zeros(max_rows, 256, dtype=torch.int32, device=device)
+        self.record = TokenHistory(tokens, torch.zeros(max_rows, dtype=torch.int64, device=device))
+        super().__init__(max_rows=max_rows, vocab_size=vocab_size, device=device, history=self.record)
+
+    def add(self, row, sampling, tokens, *others):
+        super().add(row, sampling, tokens, *others)
+        self.record.tokens[row, : len(tokens)].copy_(to_device(tokens, torch.int32, self._device))
+        self.record.lengths[row].fill_(len(tokens))
+
+    def sample(self, logits_RV, rows, masks=None, *, edit=None):
+        output = super().sample(logits_RV, rows, masks, edit=edit)
+        rows_R = to_device(rows, torch.int64, self._device)
+        length_R = self.record.lengths[rows_R]
+        self.record.tokens[rows_R, length_R] = output.token_ids_R.to(torch.int32)
+        self.record.lengths[rows_R] = length_R + 1
+        return output
+
+
 def make(vocab, sampled, *, seeds=None, max_rows=64, sample_idx=None):
-    sampler = Sampler(max_rows=max_rows, vocab_size=vocab, device="cpu")
+    sampler = Recorded(max_rows=max_rows, vocab_size=vocab, device="cpu")
     for row, sampling in enumerate(sampled):
         seed = seeds[row] if seeds else 1000 + row
         sampler.add(row, sampling, PROMPT, len(PROMPT), seed, sample_idx[row] if sample_idx else 0)
@@ -364,7 +397,7 @@ def test_mixed_covers_every_field_of_a_row():
 @pytest.mark.gpu
 def test_a_step_never_waits_for_the_device():
     vocab, rows = 32_003, list(range(len(MIXED)))
-    on_gpu = Sampler(max_rows=32, vocab_size=vocab, device="cuda")
+    on_gpu = Recorded(max_rows=32, vocab_size=vocab, device="cuda")
     on_cpu = make(vocab, MIXED, max_rows=32)
     inputs = [logits(len(MIXED), vocab, seed=step) for step in range(6)]
     on_device = [x.cuda() for x in inputs]
