@@ -16,6 +16,7 @@ _NO_OFFLOAD = "nothing is offloaded; load a smaller type or a quantised GGUF fil
 _TEXT_ONLY = "only text goes in; leave it out"
 _GUIDED = "use guided_decoding=..."
 _GUIDED_BACKEND = "use guided_decoding_backend=..."
+_PRIORITY = "requests wait in the order of SamplingParams(priority=...), then of arrival; leave it out"
 _SPECULATIVE = "use speculative_config=..."
 _ALWAYS_TIMED = "RequestOutput.metrics is always filled; leave it out"
 _STATS = "LLM.get_stats() returns the counters at any time; leave it out"
@@ -127,18 +128,8 @@ LLM_NAMES: tuple[ForeignName, ...] = (
     refused("enable_iter_perf_stats", "T", True, _STATS),
     refused("sampler_type", "T", "TorchSampler", "use sampler_backend=..."),
     refused("sampling_backend", "S", "pytorch", "use sampler_backend=..."),
-    refused(
-        "schedule_policy",
-        "S",
-        "lpm",
-        "use scheduler_config=SchedulerConfig(waiting_queue_policy=...); prefixes are always reused",
-    ),
-    refused(
-        "scheduling_policy",
-        "V",
-        "fcfs",
-        "use scheduler_config=SchedulerConfig(waiting_queue_policy=...)",
-    ),
+    refused("schedule_policy", "S", "lpm", _PRIORITY),
+    refused("scheduling_policy", "V", "fcfs", _PRIORITY),
     refused("speculative_algorithm", "S", "EAGLE", _SPECULATIVE),
     refused("speculative_num_draft_tokens", "S", 4, _SPECULATIVE),
     refused("structured_outputs_config", "V", {}, _GUIDED_BACKEND),
@@ -228,7 +219,7 @@ SAMPLING_NAMES: tuple[ForeignName, ...] = (
     same("detokenize", "TV", False),
     same("truncate_prompt_tokens", "TV", 4),
     same("guided_decoding", "T", {"regex": "a"}),
-    same("logits_processor", "T", None),
+    same("logits_processor", "T", print),
     alias("max_new_tokens", "S", 16, "max_tokens"),
     alias("min_new_tokens", "S", 2, "min_tokens"),
     alias("bad_words", "V", ["x"], "bad"),
@@ -251,7 +242,7 @@ SAMPLING_NAMES: tuple[ForeignName, ...] = (
     refused("logits_processors", "V", [], "use logits_processor=..."),
     refused("output_kind", "V", 1, "use LLM.generate_async(prompt, streaming=True)"),
     refused("extra_args", "V", {}, "leave it out"),
-    refused("thinking_token_budget", "TV", 64, "use max_tokens=..."),
+    refused("thinking_token_budget", "TV", 64, "use max_tokens=..., which bounds the whole output"),
     refused("custom_logit_processor", "S", "text", "use logits_processor=..."),
     refused("ebnf", "S", "root ::= 'a'", _GUIDED),
     refused("json_schema", "S", "{}", _GUIDED),
