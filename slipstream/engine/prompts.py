@@ -58,8 +58,8 @@ class PromptEncoder:
                 assert text is not None
                 token_ids = self._tokenize(text)
             return Encoded(token_ids, text)
-        except RequestError as error:
-            return Encoded([], prompt if isinstance(prompt, str) else None, error)
+        except (RequestError, ConfigError) as error:
+            return Encoded([], prompt if isinstance(prompt, str) else None, _own(error))
 
     def encode_bad(self, text: str) -> list[list[int]]:
         """Return the ids of a bad text as a tokenizer spells it inside a text, alone and after a space."""
@@ -93,13 +93,20 @@ class PromptEncoder:
                 **template_kwargs,
             )
             return Encoded(chat.token_ids, chat.text)
-        except RequestError as error:
-            return Encoded([], None, error)
+        except (RequestError, ConfigError) as error:
+            return Encoded([], None, _own(error))
 
     def close(self) -> None:
         """End the template's process. Idempotent."""
         if self._template is not None:
             self._template.close()
+
+
+def _own(error: RequestError | ConfigError) -> RequestError:
+    """Return an error as one of its prompt: without a tokenizer only prompts of ids can be served."""
+    if isinstance(error, RequestError):
+        return error
+    return RequestError(str(error), param="prompt", code="unsupported")
 
 
 def chat_template_of(tokenizer: Tokenizer | None) -> ChatTemplate | None:

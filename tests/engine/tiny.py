@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from slipstream import LLM
 from slipstream.core.request import Request
 from slipstream.engine.engine import Engine
 from tests.models.twins import make_gemma3, make_llama
@@ -133,3 +135,15 @@ def anonymous_bytes() -> int:
     """Return the resident memory of this process that no file backs. Linux only."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def wait_idle(llm: LLM, *, deadline_s: float = 60.0) -> None:
+    """Wait until an engine has nothing to do, and assert that it holds no page then."""
+    scheduler = llm.startup.engine.scheduler
+    deadline = time.monotonic() + deadline_s
+    while scheduler.has_work or llm._pump.client._inbox:
+        assert time.monotonic() < deadline, f"never idle: {llm.get_stats()}"
+        time.sleep(0.002)
+    stats = llm.get_stats()
+    assert stats["num_free_pages"] == stats["num_pages"], stats
+    scheduler.cache.pool.check()
