@@ -11,10 +11,14 @@ import pytest
 from slipstream import (
     LLM,
     KvCacheConfig,
+    KvCacheRetentionConfig,
     RequestError,
     SamplingParams,
     SchedulerConfig,
+    TokenRangeRetentionConfig,
 )
+from slipstream.core.errors import ConfigError
+from tests.cache.router import Router, index_of
 from tests.engine.tiny import prompt_ids, tiny_gemma3, write_folder
 
 PROMPTS = [prompt_ids(10 + 7 * i, seed=i) for i in range(8)]
@@ -103,3 +107,54 @@ def test_a_timeout_out_of_bounds_is_refused(llm: LLM) -> None:
     with pytest.raises(RequestError, match="timeout_s must be above 0"):
         llm.generate_async(PROMPTS[0], GREEDY, timeout_s=0)
     assert llm.generate(PROMPTS[0], GREEDY, timeout_s=-1).error.param == "timeout_s"
+
+
+# -- the cache ---------------------------------------------------------------------------------------------
+
+ONE = SamplingParams(max_tokens=1, ignore_eos=True)
+
+
+def test_a_prompt_worth_keeping_outlives_a_flood(folder: Path) -> None:
+    """Prompts of 40 tokens pass through a cache of 96; only the retained one is still there afterwards."""
+    kept = KvCacheRetentionConfig(
+        token_range_retention_configs=[TokenRangeRetentionConfig(token_start=0, priority=90)],
+        decode_retention_priority=0,
+    )
+    prompt = prompt_ids(40, seed=70)
+    cached = []
+    for config in (kept, None):
+        with LLM(folder, kv_cache_config=SMALL_POOL) as llm:
+            llm.generate(prompt, ONE, kv_cache_retention_config=config)
+            for i in range(6):
+                llm.generate(prompt_ids(40, seed=80 + i), ONE)
+            cached.append(llm.generate(prompt, ONE).num_cached_tokens)
+    assert cached == [39, 0]
+
+
+def test_a_retention_of_another_kind_is_that_prompts_error(llm: LLM) -> None:
+    output = llm.generate(PROMPTS[0], ONE, kv_cache_retention_config={"decode_retention_priority": 3})
+    assert output.error is not None and output.error.param == "kv_cache_retention_config"
+
+
+def test_events_replay_as_the_index(folder: Path) -> None:
+    config = KvCacheConfig(max_tokens=96, tokens_per_block=8, event_buffer_max_size=10_000)
+    with LLM(folder, kv_cache_config=config) as llm:
+        router, cache = Router(), llm.startup.engine.scheduler.cache
+        for i in range(3):
+            llm.generate(PROMPTS, GREEDY)
+            if i == 1:
+                llm.reset_prefix_cache()
+            router.apply(llm.get_kv_cache_events())
+            assert len(router.blocks) > 10 and router.blocks == index_of(cache)
+
+
+def test_events_that_are_off_are_refused_with_the_option(llm: LLM) -> None:
+    with pytest.raises(ConfigError, match="event_buffer_max_size"):
+        llm.get_kv_cache_events()
+    assert llm.generate(PROMPTS[0], ONE).error is None
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, True, None, "many", 2**40])
+def test_a_buffer_size_out_of_bounds_is_refused(size: object) -> None:
+    with pytest.raises(ConfigError, match="event_buffer_max_size"):
+        KvCacheConfig(event_buffer_max_size=size)
