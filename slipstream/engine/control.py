@@ -8,9 +8,11 @@ Invariant: a failed change leaves the engine as it was, or refusing every reques
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import logging
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,7 +24,7 @@ from slipstream.checkpoint.base import Checkpoint
 from slipstream.checkpoint.dummy import DummyCheckpoint
 from slipstream.checkpoint.in_memory import InMemoryCheckpoint
 from slipstream.checkpoint.opening import open_checkpoint
-from slipstream.core.errors import CheckpointError, ConfigError, EngineError, RequestError, UnsupportedError
+from slipstream.core.errors import CheckpointError, ConfigError, EngineError, RequestError
 from slipstream.engine.assembly import Assembly
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine import Engine
@@ -81,11 +83,8 @@ class EngineControl:
         return self._pump.call(lambda engine: engine.scheduler.cache.reset_prefix_cache())
 
     def kv_cache_events(self) -> Future[list[dict[str, Any]]]:
-        """Drain the cache's events. Raises UnsupportedError where the cache records none."""
-        drain = getattr(self._assembly.engine.scheduler.cache, "drain_kv_events", None)
-        if drain is None:
-            raise UnsupportedError("get_kv_cache_events() is not served by this version.")
-        return self._pump.call(lambda engine: drain())
+        """Drain the cache's events. The future raises ConfigError where none are recorded."""
+        return self._pump.call(lambda engine: engine.scheduler.drain_kv_events())
 
     def sleep(self, level: int) -> Future[None]:
         if level not in (1, 2):
@@ -189,6 +188,12 @@ def _difference(blank: Any, cls: type, given: Any) -> str:
 
 
 def _return_memory() -> None:
+    """Give freed memory back to the system: both allocators would rather keep it."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        # glibc keeps freed blocks of some megabytes; other C libraries have no such function.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
