@@ -141,9 +141,9 @@ def test_events_replay_as_the_index(folder: Path) -> None:
     with LLM(folder, kv_cache_config=config) as llm:
         router, cache = Router(), llm.startup.engine.scheduler.cache
         for i in range(3):
-            llm.generate(PROMPTS, GREEDY)
             if i == 1:
                 llm.reset_prefix_cache()
+            llm.generate(PROMPTS, GREEDY)
             router.apply(llm.get_kv_cache_events())
             assert len(router.blocks) > 10 and router.blocks == index_of(cache)
 
