@@ -34,5 +34,6 @@ def test_replayed_events_are_the_index(name: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(replica, "step", looking)
         traffic.run(abort_rate=0.02)
         monkeypatch.undo()
+        replica.check_outputs()
         replica.check_idle()
     assert kinds.keys() == {"stored", "removed", "cleared"} and min(kinds.values()) > 5
