@@ -102,6 +102,8 @@ class FakeRunner:
     as NaN; `fail_loads[step_id]` pages that the step reports as `kv_failed`.
     """
 
+    needs_host_tokens = False
+
     def __init__(self, groups: Sequence[CacheGroup], num_pages: int) -> None:
         self.block_tokens = groups[0].block_tokens
         self.windows = [group.window for group in groups]
