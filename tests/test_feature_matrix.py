@@ -19,7 +19,7 @@ import torch
 
 from slipstream import LLM, KvCacheConfig, KvCacheRetentionConfig, SamplingParams, SchedulerConfig
 from slipstream.core.errors import ConfigError, RequestError, UnsupportedError
-from slipstream.core.outputs import RequestOutput
+from slipstream.core.outputs import CompletionOutput, RequestOutput
 from tests.engine.tiny import FIRST_BYTE, VOCAB, prompt_ids, tiny_gemma3, tiny_llama, write_folder
 
 MAX_TOKENS = 6
@@ -28,6 +28,8 @@ PROMPTS = ([*PREFIX, *prompt_ids(5, seed=2)], [*PREFIX, *prompt_ids(3, seed=3)])
 LONGEST = max(map(len, PROMPTS)) + MAX_TOKENS
 ALLOWED = list(range(FIRST_BYTE + 40, VOCAB, 2))
 BANNED = FIRST_BYTE + 50
+# What the two models write after one of the prompts, so that it ends there; over a token's border.
+STOPS = ["v o", "fafa"]
 # The logits of a tiny model are so loud that a lower temperature leaves nothing to chance.
 SEEDED = {"temperature": 20.0, "seed": 5}
 
@@ -62,6 +64,12 @@ class Option:
 
 def each_sample(test: Callable[[list[int]], bool]) -> Promise:
     return lambda output: all(test(sample.token_ids) for sample in output.outputs)
+
+
+def has_stopped(sample: CompletionOutput) -> bool:
+    """Tell whether no stop string was passed over; where one was wanted in the text, it ends the text."""
+    cut = any(sample.text.endswith(stop) for stop in STOPS)
+    return not any(stop in sample.text for stop in STOPS) or (cut and sample.stop_reason in STOPS)
 
 
 def has_no_repeated_pair(output: RequestOutput) -> bool:
@@ -119,7 +127,7 @@ REQUEST_OPTIONS = [
     request_option("logit_bias", {FIRST_BYTE + 60: 60.0}),
     request_option("min_tokens", 4, each_sample(lambda ids: len(ids) >= 4)),
     request_option("stop_token_ids", ALLOWED[::3]),
-    request_option("stop", ["a"]),
+    request_option("stop", STOPS, lambda output: all(has_stopped(sample) for sample in output.outputs)),
     request_option("bad_token_ids", [BANNED], each_sample(lambda ids: BANNED not in ids)),
     request_option("bad", ["ba"]),
     request_option("allowed_token_ids", ALLOWED, each_sample(lambda ids: set(ids) <= set(ALLOWED))),

@@ -42,7 +42,7 @@ def modules_after(*lines: list[str]) -> tuple[list[int], set[str]]:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    commands = ["run", "chat", "bench", "bench throughput", "bench latency", ""]
+    commands = ["run", "chat", "bench", "bench throughput", "bench latency", "models", "collect-env", ""]
     codes, modules = modules_after(["--version"], *([*name.split(), "--help"] for name in commands))
     assert set(codes) == {0} and "slipstream.cli.main" in modules
     assert not {name.partition(".")[0] for name in modules} & HEAVY
