@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,7 +178,6 @@ def test_sleep_gives_memory_back(tmp_path: Path) -> None:
 
 
 def resident_bytes() -> int:
-    gc.collect()
     return psutil.Process().memory_info().rss
 
 

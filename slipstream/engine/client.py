@@ -102,7 +102,7 @@ class InProcessClient:
             if not self._inbox and not self.engine.has_work and not self._is_closed:
                 self._wake.wait(timeout_s)
         events: list[TokenEvent] = []
-        for item in iter(self._next_item, None):
+        while (item := self._next_item(is_quiet=not events)) is not None:
             events += self._receive(item)
         with self._wake:
             if self._is_closed:
@@ -111,18 +111,24 @@ class InProcessClient:
             events += self.engine.step()
         return events
 
-    def _next_item(self) -> Request | Abort | Call | None:
-        """Take the next thing to do before a step, if there is one that need not wait for an idle engine."""
+    def _next_item(self, *, is_quiet: bool) -> Request | Abort | Call | None:
+        """Take the next thing to do before a step, if there is one that need not wait.
+
+        A call waits until events are out (`is_quiet`), so that it sees their effect; one that wants an idle
+        engine waits for that too.
+        """
         with self._wake:
             if self._is_closed or not self._inbox:
                 return None
             head = self._inbox[0]
+            if isinstance(head, Call) and not is_quiet:
+                return None
             if not (isinstance(head, Call) and head.when_idle and self.engine.has_work):
                 return self._inbox.popleft()
             # What runs may be aborted and looked at meanwhile; what was submitted after the call stays.
             waiting = {item.request_id for item in self._inbox if isinstance(item, Request)}
             for item in self._inbox:
-                is_call = isinstance(item, Call) and not item.when_idle
+                is_call = isinstance(item, Call) and not item.when_idle and is_quiet
                 if is_call or (isinstance(item, tuple) and item[0] not in waiting):
                     self._inbox.remove(item)
                     return item

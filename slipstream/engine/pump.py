@@ -7,6 +7,7 @@ engine raises, every pending request fails with the cause and later submissions 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ class Pump:
     def __init__(self, client: EngineClient, processor: OutputProcessor) -> None:
         self.client = client
         self.processor = processor
+        self._owner = os.getpid()
         self._is_stopping = threading.Event()
         self._failure: str | None = None
         self._lock = threading.Lock()
@@ -39,6 +41,7 @@ class Pump:
 
     def submit(self, requests: Sequence[tuple[Request, Listener]], *, streams: bool = False) -> None:
         """Queue requests, all or none. Raises EngineError where the engine has stopped."""
+        self._check_owner()
         with self._lock:
             if self._failure is not None or self._is_stopping.is_set():
                 raise EngineError(self._failure or STOPPED)
@@ -55,11 +58,20 @@ class Pump:
 
     def call(self, function: Callable[[Engine], T], *, when_idle: bool = False) -> Future[T]:
         """Run a function on the engine's thread between two steps; see `EngineClient.call`."""
+        self._check_owner()
         if threading.current_thread() is self._thread:
             raise EngineError("The engine's own thread cannot wait for itself; call from another thread.")
         if self._failure is not None:
             raise EngineError(self._failure)
         return self.client.call(function, when_idle=when_idle)
+
+    def _check_owner(self) -> None:
+        # Before any lock: a fork may have copied it while the engine's thread held it.
+        if os.getpid() != self._owner:
+            raise EngineError(
+                "This process was forked from the one that runs the engine, and the engine's thread stayed "
+                "there; create the LLM in this process, or start it with the 'spawn' method."
+            )
 
     def _run(self) -> None:
         try:
@@ -80,6 +92,8 @@ class Pump:
 
     def stop(self) -> None:
         """End the thread after the step it is in; pending requests fail with code "engine_stopped"."""
+        if os.getpid() != self._owner:
+            return
         self._is_stopping.set()
         self.client.close()
         if threading.current_thread() is not self._thread:
