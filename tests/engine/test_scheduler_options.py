@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from slipstream import (
     TokenRangeRetentionConfig,
 )
 from slipstream.core.errors import ConfigError
+from slipstream.core.plan import StepPlan
 from tests.cache.router import Router, index_of
 from tests.engine.tiny import prompt_ids, tiny_gemma3, write_folder
 
@@ -44,10 +47,9 @@ def llm(folder: Path) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("policy", ["MAX_UTILIZATION", "GUARANTEED_NO_EVICT", "STATIC_BATCH"])
 def test_policies_change_the_schedule_and_not_the_tokens(
-    folder: Path, alone: list[list[int]], policy: str, overlap: bool
+    folder: Path, alone: list[list[int]], policy: str
 ) -> None:
     config = SchedulerConfig(capacity_scheduler_policy=policy)
     with LLM(
@@ -56,7 +58,7 @@ def test_policies_change_the_schedule_and_not_the_tokens(
         kv_cache_config=SMALL_POOL,
         max_num_tokens=32,
         max_batch_size=8,
-        disable_overlap_scheduler=not overlap,
+        disable_overlap_scheduler=False,
     ) as llm:
         outputs = llm.generate(PROMPTS, GREEDY, raise_on_error=True)
         stats = llm.get_stats()
@@ -66,28 +68,36 @@ def test_policies_change_the_schedule_and_not_the_tokens(
 
 
 def test_an_urgent_request_overtakes(llm: LLM) -> None:
-    long = SamplingParams(max_tokens=60, ignore_eos=True)
-    first = llm.generate_async(PROMPTS[0], long, streaming=True)
-    next(iter_of := iter(first))
-    waiting = llm.generate_async(PROMPTS[1], long)
+    runner = llm.startup.engine.runner
+    launch, is_running, may_go_on = runner.launch, threading.Event(), threading.Event()
+
+    def launch_when_told(plan: StepPlan) -> Any:
+        is_running.set()
+        assert may_go_on.wait(60)
+        return launch(plan)
+
+    runner.launch = launch_when_told
+    first = llm.generate_async(PROMPTS[0], GREEDY)
+    assert is_running.wait(60)
+    waiting = llm.generate_async(PROMPTS[1], GREEDY)
     urgent = llm.generate_async(PROMPTS[2], SamplingParams(max_tokens=2, priority=-1, ignore_eos=True))
-    ends = [output.result(60).metrics.finished_s for output in (waiting, urgent)]
-    assert ends[1] < ends[0] and first.result(60).finished
-    iter_of.close()
+    may_go_on.set()
+    ends = [output.result(60).metrics.finished_s for output in (first, urgent, waiting)]
+    assert ends == sorted(ends)
 
 
 def test_a_request_out_of_time_ends_with_what_it_has(llm: LLM) -> None:
     endless = SamplingParams(max_tokens=None, ignore_eos=True)
-    # A forward that takes a while, so that a hundred tokens cannot come in time.
+    # A step takes a while, so that few tokens come in time, and the first of them does on a busy machine too.
     runner = llm.startup.engine.runner
     launch = runner.launch
-    runner.launch = lambda plan: (time.sleep(0.02), launch(plan))[1]
-    running = llm.generate_async(PROMPTS[0], endless, timeout_s=0.3)
-    waiting = llm.generate_async(PROMPTS[1], GREEDY, timeout_s=0.3)
+    runner.launch = lambda plan: (time.sleep(0.05), launch(plan))[1]
+    running = llm.generate_async(PROMPTS[0], endless, timeout_s=1.5)
+    waiting = llm.generate_async(PROMPTS[1], GREEDY, timeout_s=1.5)
     other = llm.generate_async(PROMPTS[2], SamplingParams(max_tokens=4, ignore_eos=True))
     cut, never_ran = running.result(60).outputs[0], waiting.result(60)
     assert cut.finish_reason == never_ran.outputs[0].finish_reason == "timeout"
-    assert 0 < len(cut.token_ids) < 50 and never_ran.outputs[0].token_ids == []
+    assert 0 < len(cut.token_ids) <= 30 and never_ran.outputs[0].token_ids == []
     assert never_ran.error is None and never_ran.finished
     assert other.result(60).outputs[0].finish_reason == "length"
     stats = llm.get_stats()
@@ -143,7 +153,7 @@ def test_events_replay_as_the_index(folder: Path) -> None:
         for i in range(3):
             if i == 1:
                 llm.reset_prefix_cache()
-            llm.generate(PROMPTS, GREEDY)
+            llm.generate(PROMPTS[:5], SamplingParams(max_tokens=12, ignore_eos=True))
             router.apply(llm.get_kv_cache_events())
             assert len(router.blocks) > 10 and router.blocks == index_of(cache)
 
