@@ -422,7 +422,8 @@ def test_seeds_repeat_and_their_absence_does_not(llm: LLM) -> None:
         return llm.generate(TEXT, SamplingParams(**RANDOM, **more)).outputs[0].token_ids
 
     assert run(seed=1) == run(seed=1) != run(seed=2)
-    assert len({tuple(run()) for _ in range(4)}) == 4
+    # The twin is sure of most tokens, so two runs may agree by chance; eight do not.
+    assert len({tuple(run()) for _ in range(8)}) > 1
 
 
 def test_a_seed_of_the_llm_seeds_what_brings_none(folder: Path) -> None:
