@@ -34,8 +34,9 @@ demo: .venv/.runtime
 	@$(BIN)/python tools/fetch_models.py smollm2
 	$(BIN)/slipstream run "$(DEMO_MODEL)" "$(QUESTION)"
 
+# Two processes of one thread each; a file stays in one of them, with what it has loaded.
 test: .venv/.dev models
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
