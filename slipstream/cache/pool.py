@@ -46,6 +46,7 @@ class PagePool:
         self._retiring: deque[tuple[int, list[int]]] = deque()
         self._num_retiring = 0
         self._last_retired = -1
+        self._num_returned = 0
 
     @property
     def num_usable(self) -> int:
@@ -60,6 +61,11 @@ class PagePool:
     def num_retiring(self) -> int:
         """References that fall when outstanding steps retire: an upper bound of the pages they free."""
         return self._num_retiring
+
+    @property
+    def num_returned(self) -> int:
+        """How often a page has become free, since the start: whether any did since an earlier look."""
+        return self._num_returned
 
     @property
     def last_retired(self) -> int:
@@ -146,6 +152,7 @@ class PagePool:
             assert count >= 0, f"page {page} freed twice"
             self._references[page] = count
             if count == 0:
+                self._num_returned += 1
                 if self._is_keyed[page]:
                     priority, duration_s = self._retention.get(page, DEFAULT_RETENTION)
                     self._reusable.add(page, priority, duration_s)

@@ -41,10 +41,10 @@ class MaxUtilization:
         """Say whether looking at the head is worth it: not if it was refused and no page came back since."""
         if self._refused is None or self._refused[0] is not sequence:
             return True
-        return self._cache.pool.num_free > self._refused[1] or not len(self._rows)
+        return self._cache.pool.num_returned > self._refused[1] or not len(self._rows)
 
     def refuse(self, sequence: Sequence) -> None:
-        self._refused = (sequence, self._cache.pool.num_free)
+        self._refused = (sequence, self._cache.pool.num_returned)
 
     def choose(self, sequence: Sequence, hit: Hit) -> Hit | None:
         """Return as much of a hit as a sequence can be admitted with, None if it must wait."""
