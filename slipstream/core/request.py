@@ -57,7 +57,6 @@ FLAGS = (
 )
 # Known names that this version does not serve, with the value that means "not asked for".
 UNSERVED: dict[str, bool | int | None] = {
-    "best_of": None,
     "use_beam_search": False,
     "beam_width": None,
     "length_penalty": None,
@@ -83,9 +82,9 @@ class Request:
 
     `max_tokens` is never None. `stop_token_ids` are the ids that end the request, `stop` the strings. The
     noise of sample i at output position p is a function of (`seed`, i, p) alone. Lower `priority` runs
-    earlier. `deadline_s` is on the monotonic clock; `logits` names what the request wants beside tokens;
-    `processors` are its callables, which never cross to another process. `kv_params` is opaque to everyone
-    but a KV connector.
+    earlier. Of `num_samples`, the likeliest `num_returned` are shown. `deadline_s` is on the monotonic clock;
+    `logits` names what the request wants beside tokens; `processors` are its callables, which never cross to
+    another process. `kv_params` is opaque to everyone but a KV connector.
     """
 
     request_id: str
@@ -101,6 +100,7 @@ class Request:
     num_samples: int
     cache_salt: str | None
     arrival_s: float
+    num_returned: int = 1
     priority: int = 0
     deadline_s: float | None = None
     kv_retention: KvCacheRetentionConfig | None = None
@@ -141,6 +141,7 @@ class Request:
         seed = default_seed if params.seed is None else params.seed
         if seed is None:
             seed = secrets.randbits(64)
+        num_returned = integer(params.n, "n", 1, limits.max_n)
         arrival_s = time.monotonic() if arrival_s is None else arrival_s
         options = options or RequestOptions()
         return cls(
@@ -154,7 +155,8 @@ class Request:
             stop=_stop_strings(params, limits),
             seed=integer(seed, "seed", SEED_MIN, SEED_MAX) % 2**64,
             sample_idx=0,
-            num_samples=integer(params.n, "n", 1, limits.max_n),
+            num_samples=_best_of(params, num_returned, limits),
+            num_returned=num_returned,
             cache_salt=_cache_salt(params.cache_salt, limits),
             arrival_s=arrival_s,
             priority=integer(params.priority, "priority", MIN_PRIORITY, MAX_PRIORITY, "lower is earlier"),
@@ -226,7 +228,8 @@ def _row_sampling(
         bad_ids=bad,
         bad_sequences=bad_sequences,
         no_repeat_ngram_size=ngram_size(params.no_repeat_ngram_size, limits),
-        logprobs=_logprobs(params.logprobs, "logprobs", limits),
+        # Samples are ranked by their likelihood, whether or not anybody looks at it.
+        logprobs=max(_logprobs(params.logprobs, "logprobs", limits), -1 if params.best_of is None else 0),
         prompt_logprobs=_logprobs(params.prompt_logprobs, "prompt_logprobs", limits),
         has_processors=bool(processors(params.logits_processor)),
     )
@@ -248,6 +251,15 @@ def _logprobs(given: int | None, param: str, limits: Limits) -> int:
     if given is None:
         return -1
     return integer(given, param, 0, min(limits.max_logprobs, limits.vocab_size))
+
+
+def _best_of(params: SamplingParams, num_returned: int, limits: Limits) -> int:
+    """Return how many samples to generate, of which the likeliest `num_returned` are shown."""
+    if params.best_of is None:
+        return num_returned
+    return integer(
+        params.best_of, "best_of", num_returned, limits.max_n, f"it may not be below n ({num_returned})"
+    )
 
 
 def _logits(params: SamplingParams) -> tuple[LogitsKind, ...]:

@@ -25,11 +25,13 @@ class SamplingParams:
     text does not unless `include_stop_str_in_output`. Requests wait in the order of (`priority`, arrival),
     lower first; where pages run out, the last in that order gives way.
 
-    `bad` are texts that must not be written: the last token that would complete one is masked, in the ways a
-    tokenizer spells it alone and after a space. `no_repeat_ngram_size` counts prompt and output.
-    `truncate_prompt_tokens=k` keeps the last k tokens of the prompt, -1 as many as leave room for
-    `max_tokens`. `prompt_logprobs=k` is `logprobs` for the prompt; `return_context_logits` and
-    `return_generation_logits` return float32 logits of every prompt and output position.
+    `best_of` above `n` generates that many samples and returns the n with the largest sum of
+    log-probabilities, likeliest first; a stream then shows nothing before its end. `bad` are texts that must
+    not be written: the last token that would complete one is masked, in the ways a tokenizer spells it alone
+    and after a space. `no_repeat_ngram_size` counts prompt and output. `truncate_prompt_tokens=k` keeps the
+    last k tokens of the prompt, -1 as many as leave room for `max_tokens`. `prompt_logprobs=k` is `logprobs`
+    for the prompt; `return_context_logits` and `return_generation_logits` return float32 logits of every
+    prompt and output position.
 
     A logits processor is called with the model's logits of one position (float32, on the engine's device,
     before bias, penalties and masks) and the ids so far. How it is called follows from its parameters:

@@ -165,7 +165,7 @@ class Pending:
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=[sample.snapshot() for sample in self.samples],
+            outputs=self._shown(),
             finished=self.num_open == 0,
             prompt_logprobs=self.prompt.logprobs if self.prompt else None,
             context_logits=self.prompt.logits if self.prompt else None,
@@ -174,6 +174,24 @@ class Pending:
             error=self.error,
             hidden_states=self.hidden_states,
         )
+
+    @property
+    def is_ranked(self) -> bool:
+        """Say whether samples are generated only to be left out: then none is shown before the end."""
+        return self.request.num_returned < len(self.samples)
+
+    def _shown(self) -> list[CompletionOutput]:
+        shown = [sample.snapshot() for sample in self.samples]
+        if self.is_ranked:
+            # A sample that ended before its first token comes last.
+            shown.sort(key=lambda output: (not output.token_ids, -(output.cumulative_logprob or 0.0)))
+            del shown[self.request.num_returned :]
+            for index, output in enumerate(shown):
+                output.index = index
+        if self.request.params.logprobs is None:
+            for output in shown:
+                output.logprobs = None
+        return shown
 
 
 class OutputProcessor:
@@ -257,7 +275,11 @@ class OutputProcessor:
         """Deliver what is due; False where the listener raised: its request goes, the engine stays."""
         if pending.num_open == 0:
             del self._pending[request_id]
-        elif not pending.streams or all(s.num_new_tokens < pending.interval for s in pending.samples):
+        elif (
+            not pending.streams
+            or pending.is_ranked
+            or all(s.num_new_tokens < pending.interval for s in pending.samples)
+        ):
             return True
         try:
             pending.listener(pending.output())

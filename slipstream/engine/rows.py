@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slipstream.core.plan import RequestInit, Span, StepPlan
+from slipstream.sampling.state import to_device
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,7 +68,7 @@ class Rows:
             for row, blocks in growth:
                 self._place(group, row, blocks, indices, pages)
         if indices:
-            packed = torch.tensor([indices, pages], dtype=torch.int64).to(self._device, non_blocking=True)
+            packed = to_device([indices, pages], torch.int64, self._device)
             self._flat_table[packed[0]] = packed[1].to(torch.int32)
         for row, start, ids in plan.tokens:
             self._write(row, start, ids)
@@ -78,7 +79,7 @@ class Rows:
         self.lengths[init.row] = len(init.tokens)
 
     def _write(self, row: int, start: int, ids: Sequence[int]) -> None:
-        self.tokens[row, start : start + len(ids)] = torch.tensor(ids, dtype=torch.int32)
+        self.tokens[row, start : start + len(ids)].copy_(to_device(list(ids), torch.int32, self._device))
 
     def _place(
         self, group: int, row: int, blocks: Sequence[int], indices: list[int], pages: list[int]
@@ -108,7 +109,9 @@ class Rows:
         host[1] = [span.start for span in spans]
         bounds = host[1] + lens
         packed = torch.from_numpy(np.concatenate([host[0], host[1], lens, ends - lens, [total], row_of]))
-        packed = packed.to(self._device, non_blocking=True)
+        if self._device.type == "cuda":
+            # From ordinary memory the copy could wait for the steps before it.
+            packed = packed.pin_memory().to(self._device, non_blocking=True)
         size = len(spans)
         rows_B, start_B, len_B = packed[:size], packed[size : 2 * size], packed[2 * size : 3 * size]
         query_start = packed[3 * size : 4 * size + 1]

@@ -142,6 +142,9 @@ def test_huge_max_tokens_exceed_the_context(value):
         ("n", 0),
         ("n", 10**9),
         ("n", 1025),
+        ("best_of", 0),
+        ("best_of", 1025),
+        ("best_of", True),
         ("min_tokens", -1),
         ("min_tokens", 33),
         ("seed", 2**64),
@@ -243,7 +246,6 @@ def test_a_tiny_temperature_is_refused_with_advice():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("best_of", 1),
         ("use_beam_search", True),
         ("beam_width", 2),
         ("length_penalty", 1.0),

@@ -293,3 +293,31 @@ def test_events_of_unknown_requests_are_ignored(tokenizer: FastTokenizer) -> Non
     desk = Desk(tokenizer)
     assert desk.processor.process([TokenEvent("nobody", 0, [70], finish_reason="stop")]) == []
     assert not desk.outputs
+
+
+def ranked_desk(tokenizer: FastTokenizer, **params: Any) -> Desk:
+    """Three samples of which two are shown; their likelihoods are -3, -1 and -2."""
+    desk = Desk(tokenizer, n=2, best_of=3, max_tokens=1, **params)
+    for index, logprob in enumerate((-3.0, -1.0, -2.0)):
+        entry = TokenLogprobs(token_id=70 + index, logprob=logprob, rank=1, top=[])
+        event = TokenEvent("r", index, [70 + index], logprobs=[entry], finish_reason="length")
+        desk.processor.process([event])
+    return desk
+
+
+def test_the_likeliest_samples_come_first_and_the_others_not_at_all(tokenizer: FastTokenizer) -> None:
+    desk = ranked_desk(tokenizer)
+    assert len(desk.outputs) == 1, "nothing is shown that may be left out later"
+    assert [sample.token_ids for sample in desk.last.outputs] == [[71], [72]]
+    assert [sample.index for sample in desk.last.outputs] == [0, 1]
+    assert [sample.cumulative_logprob for sample in desk.last.outputs] == [-1.0, -2.0]
+    assert all(sample.logprobs is None for sample in desk.last.outputs), "nobody asked for them"
+    assert ranked_desk(tokenizer, logprobs=0).last.outputs[0].logprobs is not None
+
+
+def test_a_sample_without_tokens_ranks_last(tokenizer: FastTokenizer) -> None:
+    desk = Desk(tokenizer, n=1, best_of=2, max_tokens=1)
+    desk.end("cancelled", index=0)
+    entry = TokenLogprobs(token_id=70, logprob=-9.0, rank=1, top=[])
+    desk.processor.process([TokenEvent("r", 1, [70], logprobs=[entry], finish_reason="length")])
+    assert [sample.token_ids for sample in desk.last.outputs] == [[70]]

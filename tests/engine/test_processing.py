@@ -168,3 +168,14 @@ def test_prompts_are_truncated(folder: Path) -> None:
 def test_a_refused_processor_names_itself(folder: Path) -> None:
     with LLM(folder) as llm, pytest.raises(RequestError, match=r"logits_processor\[0\] takes 1 arguments"):
         llm.generate(PROMPT, params(logits_processor=lambda x: x), raise_on_error=True)
+
+
+def test_best_of_returns_the_likeliest_samples(folder: Path) -> None:
+    drawn = {"temperature": 6.0, "seed": 5}
+    with LLM(folder) as llm:
+        every = llm.generate(PROMPT, params(n=6, logprobs=0, **drawn)).outputs
+        best = llm.generate(PROMPT, params(n=2, best_of=6, **drawn)).outputs
+    order = sorted(every, key=lambda sample: -(sample.cumulative_logprob or 0.0))
+    assert [sample.token_ids for sample in best] == [sample.token_ids for sample in order[:2]]
+    assert best[0].logprobs is None and best[0].cumulative_logprob == order[0].cumulative_logprob
+    assert order[0].index != 0, "else the first samples would do"
