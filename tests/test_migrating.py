@@ -135,6 +135,16 @@ def test_flags_that_are_taken_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == len(taken)
 
 
+@pytest.mark.parametrize("owner", ["slipstream", "slipstream bench"])
+def test_commands(owner: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for row in TABLES[owner]:
+        line = [*owner.split()[1:], row.name]
+        assert run_command([*line, "--help"] if row.ours else [*line, "m"]) == (0 if row.ours else 2)
+        said = capsys.readouterr()
+        assert row.ours or f"{owner} has no command {row.name!r}; {row.note}" in said.err
+    assert all(f"`{command}" in DOCUMENT.read_text(encoding="utf-8") for command in ("serve", "latency"))
+
+
 def test_code_in_notes_is_marked() -> None:
     assert as_code("use a_b=C(d=...), or --x-y") == "use `a_b=C(d=...)`, or `--x-y`"
     assert as_code("set HF_TOKEN; see LLM.get_stats()") == "set `HF_TOKEN`; see `LLM.get_stats()`"

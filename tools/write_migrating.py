@@ -34,6 +34,8 @@ TITLES = {
     "SchedulerConfig": "`SchedulerConfig`",
     "SamplingParams": "`SamplingParams`",
     "command line": "Options of the command line",
+    "slipstream": "Commands",
+    "slipstream bench": "Commands of `slipstream bench`",
 }
 INTRO = """\
 # Migrating

@@ -39,6 +39,9 @@ class CommandGroup(TyperGroup):
         given = args[0] if args else ""
         valid = self.list_commands(ctx)
         if given and not given.startswith("-") and normalize_name(given) not in valid:
+            advice = advice_on(ctx.command_path, normalize_name(given))
+            if advice:
+                ctx.fail(f"{ctx.command_path} has no command {given!r}; {advice}")
             ctx.fail(f"No command {given!r}; commands: {', '.join(valid)}.{nearest(given, valid)}")
         return super().resolve_command(ctx, args)
 

@@ -15,7 +15,7 @@ from slipstream.core.foreign_tables import TABLES
 
 @cache
 def names_of(owner: str) -> Mapping[str, ForeignName]:
-    """Return the rows of one owner, an option record's name or "command line", by foreign name."""
+    """Return the rows of one owner (an option record, "command line", a command) by foreign name."""
     return {row.name: row for row in TABLES.get(owner, ())}
 
 

@@ -337,10 +337,30 @@ FLAGS: tuple[ForeignName, ...] = (
     refused("log-level", "TS", "info", "set the environment variable SLIPSTREAM_LOG"),
 )
 
+# By what is typed before them.
+COMMANDS: tuple[ForeignName, ...] = (
+    same("chat", "V", "m"),
+    same("collect-env", "V", ""),
+    refused("complete", "V", "m", "use `slipstream run MODEL PROMPT --raw`"),
+    refused("eval", "T", "m", "there are no evaluations yet; LLM.generate() takes a list of prompts"),
+    refused("launch", "T", "m", "everything runs in one process; use `slipstream run`"),
+    refused("run-batch", "V", "m", "LLM.generate() takes a list of prompts"),
+    refused("serve", "TVS", "m", "there is no server yet; use `slipstream chat`, or LLM in Python"),
+)
+BENCH_COMMANDS: tuple[ForeignName, ...] = (
+    same("latency", "TV", "m"),
+    same("throughput", "TV", "m"),
+    refused("prepare-dataset", "T", "m", "use `slipstream bench throughput`, which draws random prompts"),
+    refused("serve", "VS", "m", "there is no server yet; use `slipstream bench throughput --concurrency N`"),
+    refused("startup", "V", "m", "use `slipstream run`, which says how long the start took"),
+)
+
 TABLES: dict[str, tuple[ForeignName, ...]] = {
     "EngineConfig": LLM_NAMES,
     "KvCacheConfig": KV_CACHE_NAMES,
     "SchedulerConfig": SCHEDULER_NAMES,
     "SamplingParams": SAMPLING_NAMES,
     "command line": FLAGS,
+    "slipstream": COMMANDS,
+    "slipstream bench": BENCH_COMMANDS,
 }

@@ -15,7 +15,7 @@ ROWS = [(owner, row) for owner, rows in TABLES.items() for row in rows]
 
 def test_each_name_has_one_row() -> None:
     for owner, rows in TABLES.items():
-        assert len(names_of(owner)) == len(rows) > 5, owner
+        assert len(names_of(owner)) == len(rows) > 3, owner
 
 
 @pytest.mark.parametrize(("owner", "row"), ROWS, ids=lambda value: getattr(value, "name", value))
