@@ -72,6 +72,11 @@ def has_stopped(sample: CompletionOutput) -> bool:
     return not any(stop in sample.text for stop in STOPS) or (cut and sample.stop_reason in STOPS)
 
 
+def is_long_enough(sample: CompletionOutput) -> bool:
+    """min_tokens masks stop tokens; a stop string ends an output whenever its text appears."""
+    return len(sample.token_ids) >= 4 or sample.stop_reason in STOPS
+
+
 def has_no_repeated_pair(output: RequestOutput) -> bool:
     for sample in output.outputs:
         ids = [*output.prompt_token_ids, *sample.token_ids]
@@ -125,7 +130,7 @@ REQUEST_OPTIONS = [
     request_option("presence_penalty", 20.0),
     request_option("frequency_penalty", 20.0),
     request_option("logit_bias", {FIRST_BYTE + 60: 60.0}),
-    request_option("min_tokens", 4, each_sample(lambda ids: len(ids) >= 4)),
+    request_option("min_tokens", 4, lambda output: all(map(is_long_enough, output.outputs))),
     request_option("stop_token_ids", ALLOWED[::3]),
     request_option("stop", STOPS, lambda output: all(has_stopped(sample) for sample in output.outputs)),
     request_option("bad_token_ids", [BANNED], each_sample(lambda ids: BANNED not in ids)),
