@@ -72,11 +72,12 @@ class Rows:
             self._flat_table[packed[0]] = packed[1].to(torch.int32)
         for row, start, ids in plan.tokens:
             self._write(row, start, ids)
-            self.lengths[row] = start + len(ids)
+            self.lengths[row].fill_(start + len(ids))
 
     def _add(self, init: RequestInit) -> None:
         self._write(init.row, 0, init.tokens)
-        self.lengths[init.row] = len(init.tokens)
+        # Filled, not assigned: assigning a number to an element waits for a GPU.
+        self.lengths[init.row].fill_(len(init.tokens))
 
     def _write(self, row: int, start: int, ids: Sequence[int]) -> None:
         self.tokens[row, start : start + len(ids)].copy_(to_device(list(ids), torch.int32, self._device))
