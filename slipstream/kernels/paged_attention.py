@@ -112,9 +112,13 @@ def _attend_span(q_TND: Tensor, k_LHD: Tensor, v_LHD: Tensor, scoring: Scoring) 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     scale, softcap, mask, causal = scoring
-    if softcap == 0.0:
+    # On a GPU torch would choose its memory-efficient kernel, which gave wrong values for one of 32 prompts
+    # in float32 (65 tokens, a window; torch 2.11, H100), and right ones with that kernel switched off.
+    if softcap == 0.0 and not q.is_cuda:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    scores = torch.matmul(q, k.transpose(-2, -1)).float().mul_(scale / softcap).tanh_().mul_(softcap)
+    scores = torch.matmul(q, k.transpose(-2, -1)).float().mul_(scale)
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
         scores.masked_fill_(future, float("-inf"))
