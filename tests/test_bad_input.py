@@ -73,9 +73,6 @@ def test_the_oracle_notices_what_is_left_open(folder: Path) -> None:
         oracle.check_rest()
 
 
-# Prompts.
-
-
 @pytest.mark.parametrize(
     "text",
     ["\x00", "a\x00b", "\ud800", "ok \udfff", "\U0001f642" * 250_000, "\ufeff\u202e\u0000", "a" * 1_000_000],
@@ -170,9 +167,6 @@ def test_r07_arrays_of_ids_are_checked_too(oracle: Oracle) -> None:
             oracle.refuses({"prompt_token_ids": array})
         fine = oracle.llm.generate({"prompt_token_ids": np.array(VICTIMS[0])}, VICTIM_PARAMS)
         assert fine.outputs[0].token_ids == oracle.expected[0]
-
-
-# Numbers.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -310,9 +304,6 @@ def test_r14_the_worst_allowed_stops_are_served(oracle: Oracle) -> None:
     with oracle.victims():
         output = oracle.llm.generate(VICTIMS[0], dataclasses.replace(VICTIM_PARAMS, stop=stops))
         assert output.outputs[0].token_ids == oracle.expected[0]
-
-
-# Failures inside.
 
 
 def marked(oracle: Oracle, **params: Any) -> RequestOutput:
@@ -494,9 +485,6 @@ def test_r41_masks_of_a_step_reach_their_row_only(oracle: Oracle, monkeypatch: p
         output = bad.result(DEADLINE_S)
         assert output.error is not None and "masked" in output.error.message
         assert output.outputs[0].token_ids == oracle.expected[2][:2]
-
-
-# The cache under pressure.
 
 
 def test_r42_fifty_requests_finish_in_a_pool_of_little_more_than_one(folder: Path) -> None:

@@ -61,9 +61,6 @@ def whole(llm: LLM) -> RequestOutput:
     return llm.generate(TEXT, LONG, raise_on_error=True)
 
 
-# Prompts and parameters.
-
-
 def test_every_form_of_a_prompt_means_the_same(llm: LLM, whole: RequestOutput) -> None:
     ids = llm.tokenizer.encode(TEXT)
     forms: list[Any] = [
@@ -140,9 +137,6 @@ def test_chat_renders_the_models_template(llm: LLM) -> None:
     assert streamed[-1].outputs[0].token_ids == one.outputs[0].token_ids
 
 
-# Streams.
-
-
 def check_stream(outputs: list[RequestOutput], expected: RequestOutput) -> None:
     final = outputs[-1].outputs[0]
     assert "".join(output.outputs[0].text_diff for output in outputs) == final.text
@@ -202,9 +196,6 @@ def test_a_request_id_is_kept_and_unique_while_it_runs(llm: LLM) -> None:
     assert llm.generate_async("x", request_id="mine").result(DEADLINE_S).error is None
 
 
-# Aborts.
-
-
 @pytest.mark.parametrize("is_overlap_off", [True, False])
 def test_an_abort_at_any_moment_frees_everything(folder: Path, is_overlap_off: bool) -> None:
     prompt = prompt_ids(90, seed=3)
@@ -241,9 +232,6 @@ def test_leaving_a_loop_early_aborts(llm: LLM) -> None:
     asyncio.run(asyncio.wait_for(read(), DEADLINE_S))
     wait_idle(llm)
     assert llm.get_stats()["executed_tokens"] - before < 400
-
-
-# Stops.
 
 
 def earliest(text: str, stops: list[str]) -> tuple[int, str]:
@@ -365,9 +353,6 @@ def test_min_tokens_keeps_ends_away_as_transformers_does(
     assert not set(ends) & set(expected[: min_tokens - 1])
 
 
-# What an output holds.
-
-
 def test_without_detokenizing_there_are_only_ids(llm: LLM, whole: RequestOutput) -> None:
     params = SamplingParams(max_tokens=40, ignore_eos=True, detokenize=False)
     output = llm.generate(TEXT, params).outputs[0]
@@ -412,8 +397,6 @@ def test_logprobs_are_the_raw_log_softmax(whole: RequestOutput, tmp_path: Path) 
     assert whole.outputs[0].logprobs is None and whole.outputs[0].cumulative_logprob is None
 
 
-# Seeds.
-
 RANDOM = {"max_tokens": 24, "temperature": 1.0, "repetition_penalty": 1.3, "ignore_eos": True}
 
 
@@ -438,9 +421,6 @@ def test_a_seed_of_the_llm_seeds_what_brings_none(folder: Path) -> None:
     assert run(None) != run(None)
 
 
-# The cache, seen from outside.
-
-
 def test_an_equal_prompt_is_computed_once_per_salt(llm: LLM) -> None:
     prompt = prompt_ids(70, seed=8)
 
@@ -455,9 +435,6 @@ def test_an_equal_prompt_is_computed_once_per_salt(llm: LLM) -> None:
     assert run(None) == (69, 1 + 3, cold[2])
     assert run("tenant-a") == (0, 70 + 3, cold[2])
     assert run("tenant-b")[:1] == (0,) and run("tenant-a")[:2] == (69, 1 + 3)
-
-
-# Tokenizers.
 
 
 def test_a_tokenizer_object_is_used_as_it_is(folder: Path, whole: RequestOutput) -> None:
@@ -491,9 +468,6 @@ def test_without_a_tokenizer_ids_go_in_and_out(folder: Path, whole: RequestOutpu
         assert chat.error is not None and chat.error.code == "unsupported"
         # The end of text still comes from the checkpoint.
         assert EOS in llm.startup.limits.eos_token_ids
-
-
-# Life and death.
 
 
 def engine_threads() -> set[int]:

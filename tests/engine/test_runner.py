@@ -162,9 +162,6 @@ def test_eight_siblings_compute_one_prefix_and_eight_tails(folder: Path, prefix:
     assert stats["executed_tokens"] == total - stats["num_cached_tokens"]
 
 
-# Below, plans by hand: one runner, rows and pages chosen here.
-
-
 @pytest.fixture
 def runner(llama_folder: Path) -> Runner:
     runner = assemble(EngineConfig(model=llama_folder, max_batch_size=4)).engine.runner

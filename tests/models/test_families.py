@@ -149,7 +149,11 @@ VARIANTS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "changes"), VARIANTS, ids=lambda case: getattr(case, "__name__", None) or str(case)[:60])
+def case_name(case: Any) -> str:
+    return getattr(case, "__name__", None) or str(case)[:60]
+
+
+@pytest.mark.parametrize(("make", "changes"), VARIANTS, ids=case_name)
 def test_variants_match(tmp_path: Path, make: Callable[..., Any], changes: dict[str, Any]) -> None:
     twin = make(**changes)
     assert_same_logits(load(save(twin, tmp_path / "model")), twin, chunk=7)
