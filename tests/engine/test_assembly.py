@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,9 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("source", ["smollm2_path", "large_folder"])
-def test_loading_needs_little_more_than_the_weights(source: str, request: pytest.FixtureRequest) -> None:
+def test_loading_needs_little_more_than_the_weights(
+    source: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """The timeout is a hang guard: it includes starting Python and importing torch."""
     path = request.getfixturevalue(source)
     done = subprocess.run(
@@ -59,6 +62,7 @@ def test_loading_needs_little_more_than_the_weights(source: str, request: pytest
         timeout=120,
         check=False,
         cwd=ROOT,
+        env={**os.environ, "SLIPSTREAM_CACHE": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
     weight_bytes, grown = map(int, done.stdout.split())

@@ -38,11 +38,20 @@ def own_cases() -> list[Case]:
 
 
 @pytest.fixture(scope="module", params=[SMOLLM2, GEMMA3])
-def model(request: pytest.FixtureRequest) -> Iterator[tuple[str, LLM]]:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, LLM]]:
     path = request.getfixturevalue("smollm2_path" if request.param == SMOLLM2 else "gemma3_path")
+    with pytest.MonkeyPatch.context() as patch:
+        # Keep the user's own cache of tokenizers out of the tests.
+        patch.setenv("SLIPSTREAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield from started(request.param, path)
+
+
+def started(name: str, path: Path) -> Iterator[tuple[str, LLM]]:
     with LLM(path, max_batch_size=16, max_num_tokens=MAX_NUM_TOKENS) as llm:
         assert llm.startup.resolved.dtype == "float32"
-        yield request.param, llm
+        yield name, llm
 
 
 def of_model(cases: list[Case], name: str) -> list[Case]:

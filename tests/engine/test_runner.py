@@ -211,6 +211,16 @@ def test_a_row_is_reissued_in_the_plan_that_frees_it(runner: Runner, llama: Any)
     smallest_gap(llama, new, execute(runner, plan).tokens[0])
 
 
+def test_tokens_go_to_their_rows_in_whatever_order_they_are_sampled(runner: Runner, llama: Any) -> None:
+    """Spans come shortest first; `sample` keeps the order of the rows."""
+    prompts = [prompt_ids(length, seed=length) for length in (21, 3, 9)]
+    added = [init(row, prompt, [row + 1]) for row, prompt in enumerate(prompts)]
+    spans = [Span(row, 0, len(prompts[row])) for row in (1, 2, 0)]
+    result = execute(runner, StepPlan(0, added=added, spans=spans, sample=[0, 1, 2]))
+    for row, prompt in enumerate(prompts):
+        smallest_gap(llama, prompt, result.tokens[row])
+
+
 def test_copied_pages_serve_as_the_prefix_of_another_row(runner: Runner, llama: Any) -> None:
     prompt = prompt_ids(30, seed=8)
     execute(runner, StepPlan(0, added=[init(0, prompt, [3])], spans=[Span(0, 0, 30)], sample=[0]))
