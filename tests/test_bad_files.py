@@ -26,12 +26,18 @@ from safetensors.torch import load_file, save_file
 from slipstream import LLM, SamplingParams
 from slipstream.core.errors import CheckpointError, ConfigError, SlipstreamError
 from tests.engine.oracle import DEADLINE_S, VICTIM_PARAMS, VICTIMS, Oracle
-from tests.engine.tiny import VOCAB, byte_tokenizer, tiny_llama, wait_idle, write_folder
+from tests.engine.tiny import VOCAB, byte_tokenizer, one_thread, tiny_llama, wait_idle, write_folder
 from tests.models.gguf_twins import write_gguf
 
 # Far above what any refusal takes on a busy machine; a reader that hangs or allocates shows.
 REFUSED_WITHIN_S = 20.0
 WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

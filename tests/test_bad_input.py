@@ -29,12 +29,26 @@ from slipstream.engine.runner import Runner
 from slipstream.sampling.sampler import Sampler
 from slipstream.text.detokenizer import IncrementalDetokenizer
 from tests.engine.oracle import DEADLINE_S, MARK, SHORT, VICTIM_PARAMS, VICTIMS, Oracle, first_update
-from tests.engine.tiny import VOCAB, anonymous_bytes, prompt_ids, tiny_llama, wait_idle, write_folder
+from tests.engine.tiny import (
+    VOCAB,
+    anonymous_bytes,
+    one_thread,
+    prompt_ids,
+    tiny_llama,
+    wait_idle,
+    write_folder,
+)
 
 MAX_SEQ_LEN = 256
 FORCE_MARK = {MARK: 100.0}
 INTEGERS = [-1, 0, 10**9, 2**63, -(2**70)]
 NO_INTEGERS = [True, 1.5, "3", float("nan"), [1], {}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from tests.engine.tiny import (
     PAD,
     VOCAB,
     byte_tokenizer,
+    one_thread,
     prompt_ids,
     tiny_llama,
     wait_idle,
@@ -37,6 +38,12 @@ from tests.models.twins import make_llama
 DEADLINE_S = 60.0
 TEXT = "the cat sat on the mat"
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ the comparison means something, and one changed weight that it can fail.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from slipstream.engine.config import EngineConfig
 from tests.engine.tiny import (
     VOCAB,
     byte_tokenizer,
+    one_thread,
     prompt_ids,
     run_requests,
     smallest_gap,
@@ -78,6 +79,12 @@ class Subject:
     twin: Any
     greedy: list[list[int]]
     sampled: list[list[int]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module", params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])

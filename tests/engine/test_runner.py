@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,24 @@ from slipstream.engine.scheduler import Scheduler
 from slipstream.layers.embedding import LMHead
 from slipstream.layers.linear import Linear
 from tests.engine.fake_runner import LIMITS, FakeRunner, Step, full, lone_output
-from tests.engine.tiny import anonymous_bytes, prompt_ids, smallest_gap, tiny_gemma3, tiny_llama, write_folder
+from tests.engine.tiny import (
+    anonymous_bytes,
+    one_thread,
+    prompt_ids,
+    smallest_gap,
+    tiny_gemma3,
+    tiny_llama,
+    write_folder,
+)
 
 # Catches a hang only.
 DEADLINE_S = 60.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ nearly every token that a model chooses is a printable piece of text, so that st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,15 @@ def run_requests(
             assert event.error is None, event.error
             tokens.setdefault((event.request_id, event.index), []).extend(event.new_token_ids)
     raise AssertionError(f"not done after {max_steps} steps")
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: for models this small, a second one costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def anonymous_bytes() -> int:
