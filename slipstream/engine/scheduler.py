@@ -19,7 +19,7 @@ from slipstream.cache.kv_cache import Hit, KvCache
 from slipstream.cache.kv_events import Event
 from slipstream.core.errors import RequestError
 from slipstream.core.outputs import FinishReason, TokenEvent
-from slipstream.core.plan import RequestInit, Span, StepPlan, StepResult
+from slipstream.core.plan import Span, StepPlan, StepResult
 from slipstream.core.request import Request
 from slipstream.engine.admission import POLICIES, MaxUtilization
 from slipstream.engine.row_allocation import RowAllocation
@@ -367,20 +367,7 @@ class Scheduler:
         sequence.prefill_end = len(sequence.tokens)
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = cached
-        request = sequence.request
-        plan.added.append(
-            RequestInit(
-                row=sequence.row,
-                request_id=request.request_id,
-                tokens=list(sequence.tokens),
-                num_prompt=sequence.num_prompt,
-                num_computed=cached,
-                blocks=[list(pages) for pages in sequence.table.pages],
-                sampling=request.sampling,
-                seed=request.seed,
-                sample_idx=request.sample_idx,
-            )
-        )
+        plan.added.append(sequence.to_init())
         self.stats.num_admissions += 1
 
     def _leave(self, sequence: Sequence) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 from slipstream.cache.block_table import BlockTable
-from slipstream.core.plan import LogitsKind
+from slipstream.core.plan import LogitsKind, RequestInit
 from slipstream.core.request import Request
 
 
@@ -79,6 +79,21 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    def to_init(self) -> RequestInit:
+        """Return what a runner needs to hold this sequence in its row as it stands now."""
+        request = self.request
+        return RequestInit(
+            row=self.row,
+            request_id=request.request_id,
+            tokens=list(self.tokens),
+            num_prompt=self.num_prompt,
+            num_computed=self.num_computed,
+            blocks=[list(pages) for pages in self.table.pages],
+            sampling=request.sampling,
+            seed=request.seed,
+            sample_idx=request.sample_idx,
+        )
 
     def logits_of_chunk(self, start: int, length: int) -> list[tuple[int, int, int, LogitsKind]]:
         """Return what a plan that runs this chunk must bring beside a token, each prompt position once."""

@@ -7,27 +7,11 @@ against the same pages, or a copy of them.
 
 from __future__ import annotations
 
-from slipstream.core.plan import RequestInit, StepPlan
+from slipstream.core.plan import StepPlan
 from slipstream.engine.scheduler import Scheduler
 
 
 def snapshot(scheduler: Scheduler, *, step_id: int) -> StepPlan:
     """Return a plan that brings an empty runner's rows up to date. No step may be outstanding."""
     assert not scheduler.num_outstanding, "tokens in flight are not known on the host"
-    return StepPlan(
-        step_id,
-        added=[
-            RequestInit(
-                row=sequence.row,
-                request_id=sequence.request.request_id,
-                tokens=list(sequence.tokens),
-                num_prompt=sequence.num_prompt,
-                num_computed=sequence.num_computed,
-                blocks=[list(pages) for pages in sequence.table.pages],
-                sampling=sequence.request.sampling,
-                seed=sequence.request.seed,
-                sample_idx=sequence.request.sample_idx,
-            )
-            for sequence in scheduler.running()
-        ],
-    )
+    return StepPlan(step_id, added=[sequence.to_init() for sequence in scheduler.running()])

@@ -151,8 +151,6 @@ def test_the_prompt_stays_out_of_a_redirected_output(
     assert capsys.readouterr() == ("", ">>> ")
 
 
-# -- on a terminal -----------------------------------------------------------------------------------------
-
 posix = pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 
 

@@ -162,9 +162,6 @@ def test_an_answer_that_fails_keeps_what_was_shown_and_raises() -> None:
     assert shown == ["a", "b"]
 
 
-# -- as a process ------------------------------------------------------------------------------------------
-
-
 def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     """Start a command that heeds Ctrl-C, also where this test runs in the background and ignores it."""
     return subprocess.Popen(

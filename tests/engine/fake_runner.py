@@ -118,8 +118,6 @@ class FakeRunner:
         self._owners: dict[int, Row] = {}
         self._held: set[int] = set()
 
-    # -- the runner's protocol -----------------------------------------------------------------------------
-
     def launch(self, plan: StepPlan) -> Step:
         plan = decode_plan(encode(plan))
         assert plan.step_id == len(self.plans), "plans come in the order of their ids"
@@ -169,8 +167,6 @@ class FakeRunner:
         """Let `collect` of this step succeed only once the next one was launched."""
         self._held.add(step_id)
 
-    # -- rows and pages ------------------------------------------------------------------------------------
-
     def _apply_rows(self, plan: StepPlan) -> set[int]:
         """Apply removed, added and new_blocks; returns the pages that this plan hands out for writing."""
         for number in plan.removed:
@@ -218,8 +214,6 @@ class FakeRunner:
     def _visible(self, row: Row, position: int) -> set[int]:
         seen = (pages[self._first_block(group, position) :] for group, pages in enumerate(row.tables))
         return {page for pages in seen for page in pages}
-
-    # -- forward -------------------------------------------------------------------------------------------
 
     def _forward(self, step: Step) -> None:
         """Write the K and V of all spans, then let all of them read, as every layer does."""

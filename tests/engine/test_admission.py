@@ -24,9 +24,6 @@ def setup_of(name: str, policy: str) -> Any:
     return dataclasses.replace(SETUPS[name], policy=policy)
 
 
-# -- GUARANTEED_NO_EVICT -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", GRID)
 def test_no_evict_never_preempts_and_starves_nobody(name: str) -> None:
     """`run_traffic` checks that every request ends with the output that it has alone."""
@@ -93,9 +90,6 @@ def test_whoever_waits_is_looked_at_when_pages_come_back() -> None:
     replica.check_idle()
 
 
-# -- STATIC_BATCH ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", GRID)
 def test_static_batch_admits_only_into_an_empty_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan_once = Scheduler.plan
@@ -125,9 +119,6 @@ def test_a_static_batch_runs_to_its_end() -> None:
     assert added == [(0, 3), (9, 2)]
     replica.check_outputs()
     replica.check_idle()
-
-
-# -- any policy --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["MAX_UTILIZATION", "GUARANTEED_NO_EVICT", "STATIC_BATCH"])

@@ -39,9 +39,6 @@ def finish(replica: Replica) -> None:
     replica.check_idle()
 
 
-# -- batching ----------------------------------------------------------------------------------------------
-
-
 def test_a_short_request_leaves_and_a_new_one_takes_its_row_at_once() -> None:
     replica = replica_of(max_batch_size=2)
     replica.submit("long", [5] * 9, 30)
@@ -105,9 +102,6 @@ def test_tokens_behind_a_late_stop_are_dropped(depth: int) -> None:
     assert len(replica.runner.plans) == 4 + depth - 1
 
 
-# -- pages run out -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_many_long_requests_in_a_pool_of_little_more_than_one(
     depth: int, monkeypatch: pytest.MonkeyPatch
@@ -156,9 +150,6 @@ def test_an_id_in_use_is_refused() -> None:
     finish(replica)
 
 
-# -- abort -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num_committed", [0, 1, 2])
 @pytest.mark.parametrize("state", ["waiting", "parked", "prefill", "decode"])
 def test_abort_gives_back_exactly_its_own_pages(state: str, num_committed: int) -> None:
@@ -192,9 +183,6 @@ def test_abort_gives_back_exactly_its_own_pages(state: str, num_committed: int) 
     assert pool.num_usable - pool.num_free == len(set(held)) == len(held)
     assert pool.num_retiring == 0
     finish(replica)
-
-
-# -- shared prefixes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -310,9 +298,6 @@ def test_colliding_keys_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         finish(replica)
 
 
-# -- windows -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_window_holds_a_bounded_number_of_pages(depth: int) -> None:
     window = 16
@@ -345,9 +330,6 @@ def test_a_prefix_hit_needs_only_the_window_before_its_end() -> None:
     assert [init.num_computed for init in inits] == [64, 8]
     assert inits[0].blocks[0][:6] == [0] * 6 and 0 not in inits[0].blocks[2]
     finish(replica)
-
-
-# -- costs -------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_does_not_grow_with_the_context() -> None:

@@ -119,8 +119,6 @@ def test_a_timeout_out_of_bounds_is_refused(llm: LLM) -> None:
     assert llm.generate(PROMPTS[0], GREEDY, timeout_s=-1).error.param == "timeout_s"
 
 
-# -- the cache ---------------------------------------------------------------------------------------------
-
 ONE = SamplingParams(max_tokens=1, ignore_eos=True)
 
 

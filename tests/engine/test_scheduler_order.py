@@ -32,9 +32,6 @@ def finish(replica: Replica) -> None:
     replica.check_idle()
 
 
-# -- priorities --------------------------------------------------------------------------------------------
-
-
 def test_a_late_urgent_request_overtakes_the_queue() -> None:
     replica = replica_of(max_batch_size=1)
     for i in range(4):
@@ -79,9 +76,6 @@ def test_an_urgent_request_waits_for_a_shared_prefix_like_any_other() -> None:
     replica.abort("owner")
     finish(replica)
     assert admitted(replica) == ["other", "owner", "urgent"]
-
-
-# -- time-outs ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_committed", [0, 1, 2])

@@ -160,9 +160,6 @@ def test_outputs_and_books_survive_random_traffic(name: str) -> None:
         assert totals["num_chunks"] > totals["num_admissions"]
 
 
-# -- does the harness notice? ------------------------------------------------------------------------------
-
-
 def release_at_once(patch: pytest.MonkeyPatch) -> None:
     """Pages go back while outstanding steps still name them."""
     release = PagePool.release
