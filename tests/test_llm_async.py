@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import slipstream.llm as llm_module
 from slipstream import LLM, AsyncLLM, SamplingParams
 from slipstream.core.errors import ConfigError, EngineError, RequestError
 from tests.engine.tiny import prompt_ids, tiny_llama, write_folder
@@ -82,8 +84,21 @@ def test_a_stream_comes_in_parts_and_an_await_returns_the_end(folder: Path, sync
     run(test)
 
 
-def test_the_loop_runs_on_while_a_model_loads_and_answers(folder: Path) -> None:
-    """Blocked, the loop could not count at all; the bound is far below what a busy machine lets through."""
+def test_the_loop_runs_on_while_a_model_loads_and_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocked, the loop could not count at all; the bound is far below what a busy machine lets through.
+
+    A tiny model may load before the loop counts to 5, so the load waits for that: blocked, it waits in vain.
+    """
+    has_counted = threading.Event()
+
+    def assemble_once_counted(*args: Any, **options: Any) -> Any:
+        assert has_counted.wait(30.0), "the loop stood still while the model loaded"
+        return assemble(*args, **options)
+
+    assemble = llm_module.assemble
+    monkeypatch.setattr(llm_module, "assemble", assemble_once_counted)
 
     async def test() -> None:
         ticks = 0
@@ -93,6 +108,8 @@ def test_the_loop_runs_on_while_a_model_loads_and_answers(folder: Path) -> None:
             while True:
                 await asyncio.sleep(0.001)
                 ticks += 1
+                if ticks == 5:
+                    has_counted.set()
 
         counting = asyncio.create_task(count())
         await asyncio.sleep(0)
