@@ -20,6 +20,16 @@ def log_level() -> str:
     return os.environ.get("SLIPSTREAM_LOG", "warning").upper()
 
 
+def cpu_instructions() -> str:
+    """`SLIPSTREAM_CPU_INSTRUCTIONS`: `avx2`, `avx512vnni` or `neon` in place of the best that the CPU has."""
+    return os.environ.get("SLIPSTREAM_CPU_INSTRUCTIONS", "").strip().lower()
+
+
+def cxx() -> str:
+    """`CXX`: the C++ compiler for CPU kernels, with arguments if need be; empty means to look for one."""
+    return os.environ.get("CXX", "").strip()
+
+
 # What changes how torch, its libraries and the hub behave, beside our own.
 _TELLING = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "LD_PRELOAD"),
