@@ -24,6 +24,7 @@ from slipstream.cli.engine_import import EXIT_INTERRUPTED
 from slipstream.cli.models import models
 from slipstream.cli.options import HABITS, normalize_name
 from slipstream.cli.run import run
+from slipstream.cli.verify import verify
 from slipstream.core import env
 from slipstream.core.aliases import advice_on, aliases_of
 from slipstream.core.errors import ConfigError, SlipstreamError, nearest
@@ -80,6 +81,7 @@ def bench() -> None:
 
 app.command()(run)
 app.command()(chat)
+app.command()(verify)
 app.command()(models)
 app.command()(collect_env)
 bench_app.command()(throughput)

@@ -14,6 +14,10 @@ import torch
 
 NAMESPACE = "slipstream"
 
+# The defining function of every op, by the op; filled as op files are imported, read by whoever needs the
+# plain computation on a device that has something faster.
+DEFINITIONS: dict[Any, Callable[..., Any]] = {}
+
 
 def register_op(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register `function` under `schema`, e.g. `"silu_and_mul(Tensor x) -> Tensor"`, and return the op.
@@ -25,4 +29,6 @@ def register_op(schema: str, function: Callable[..., Any], fake: Callable[..., A
     torch.library.define(qualified, schema.removeprefix(name))
     torch.library.impl(qualified, "CompositeExplicitAutograd", function)
     torch.library.register_fake(qualified, fake)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    DEFINITIONS[op] = function
+    return op
