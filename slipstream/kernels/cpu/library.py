@@ -88,10 +88,10 @@ def find_or_build(wanted: str, *, sources: Path) -> Loaded:
         for path in _candidates(instructions, sources, failures):
             try:
                 handle = ctypes.CDLL(str(path))
-                declare(handle)
-            except (OSError, AttributeError) as error:
+            except OSError as error:
                 failures.append(f"{path.name} does not load: {error}")
                 continue
+            declare(handle)
             _log.info("CPU kernels: %s from %s", instructions.name, path)
             return Loaded(handle=handle, instructions=instructions.name, path=path)
     if not failures:

@@ -22,8 +22,6 @@ needs_compiler = pytest.mark.skipif(not find_compilers(), reason="no C++ compile
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("SLIPSTREAM_CPU_INSTRUCTIONS", raising=False)
-    # Not the table of the real library: the sources here hold one function.
-    monkeypatch.setattr(library_file, "declare", lambda handle: None)
     return tmp_path / "cache" / "cpu_kernels"
 
 
@@ -109,15 +107,6 @@ def test_a_prebuilt_library_that_does_not_load_is_passed_over(
     assert loaded.path.parent != prebuilt
 
 
-@needs_compiler
-def test_a_library_without_a_function_of_the_table_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(library_file, "declare", lambda handle: handle.ss_missing)
-    with pytest.raises(LibraryUnavailable, match="ss_missing"):
-        find_or_build("", sources=sources_of(tmp_path / "src"))
-
-
 def test_no_compiler_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_file, "find_compilers", list)
     with pytest.raises(LibraryUnavailable) as caught:
@@ -142,7 +131,6 @@ def test_missing_sources_are_told(tmp_path: Path) -> None:
 
 def build_in_child(sources: str, cache: str, start: object, answers: object) -> None:
     os.environ["SLIPSTREAM_CACHE"] = cache
-    library_file.declare = lambda handle: None
     start.wait()  # pyright: ignore[reportAttributeAccessIssue]
     answers.put(find_or_build("", sources=Path(sources)).handle.ss_answer())  # pyright: ignore[reportAttributeAccessIssue]
 
