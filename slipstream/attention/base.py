@@ -24,7 +24,8 @@ class AttentionCapability(Capability):
     """What a backend can do. An empty set of sizes means any size.
 
     `page_sizes` are tokens per block; `batch_invariant` means bit-equal results whatever else is in the
-    batch; `graph` means that `run` may be captured.
+    batch; `graph` means that `run` of one-token rows may be captured and replayed for other lengths;
+    `native_blocks` that it has `native_step`, by which a whole decoder block runs as one native call.
     """
 
     head_dims: frozenset[int] = frozenset()
@@ -35,7 +36,9 @@ class AttentionCapability(Capability):
     tree: bool = False
     cascade: bool = False
     graph: bool = False
+    needs_triton: bool = False
     batch_invariant: bool = False
+    native_blocks: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ window, in pages of nobody; block table entries behind a window and past a lengt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 
 import torch
@@ -28,6 +29,8 @@ class Case:
     window: int = 0
     softcap: float = 0.0
     kv_dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
     seed: int = 0
 
 
@@ -42,7 +45,8 @@ def attend_dense(case: Case, q_TNH: Tensor, keys: list[Tensor], values: list[Ten
         scores = torch.einsum("tnh,lnh->ntl", q, k) * case.head_dim**-0.5
         if case.softcap:
             scores = case.softcap * torch.tanh(scores / case.softcap)
-        query, key = torch.arange(length - count, length)[:, None], torch.arange(length)[None, :]
+        key = torch.arange(length, device=q.device)[None, :]
+        query = key[0, length - count :, None]
         visible = key <= query
         if case.window:
             visible &= key > query - case.window
@@ -57,7 +61,7 @@ def run_paged(case: Case, backend: AttentionBackend) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(case.seed)
     shape = (case.kv_heads, case.head_dim)
     num_tokens = sum(count for count, _ in case.spans)
-    q_TNH = torch.randn(num_tokens, case.heads, case.head_dim, generator=generator)
+    q_TNH = torch.randn(num_tokens, case.heads, case.head_dim, generator=generator).to(case.dtype)
     # Rounded to the pages' type first: the cache's rounding is not the kernel's error.
     keys = [torch.randn(n, *shape, generator=generator).to(case.kv_dtype).float() for _, n in case.spans]
     values = [torch.randn(n, *shape, generator=generator).to(case.kv_dtype).float() for _, n in case.spans]
@@ -72,7 +76,11 @@ def run_paged(case: Case, backend: AttentionBackend) -> tuple[Tensor, Tensor]:
         window=case.window,
         softcap=case.softcap,
     )
-    given = batch.attention_plan.run(q_TNH, new_k, new_v, batch, spec)
+    new = (x.to(case.device, case.dtype) for x in (q_TNH, new_k, new_v))
+    given = batch.attention_plan.run(*new, batch, spec)
+    if case.device != "cpu":
+        q_TNH = q_TNH.to(case.device)
+        keys, values = ([x.to(case.device) for x in side] for side in (keys, values))
     return given, attend_dense(case, q_TNH, keys, values)
 
 
@@ -109,18 +117,19 @@ def make_batch(
         slots += [int(table[row, p // t]) * t + p % t for p in span]
     lens = [length for _, length in case.spans]
     query_lens = [count for count, _ in case.spans]
+    on_device = functools.partial(torch.tensor, device=case.device)
     batch = ForwardBatch(
-        token_ids_T=torch.zeros(len(slots), dtype=torch.int64),
-        positions_kT=torch.tensor([positions]),
-        row_of_T=torch.tensor(row_of),
-        query_start=torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()]),
-        seq_lens=torch.tensor(lens, dtype=torch.int32),
-        slot_mapping_T=[torch.tensor(slots)],
-        block_table=[table],
-        kv_pages=[kv_pages],
+        token_ids_T=on_device([0] * len(slots)),
+        positions_kT=on_device([positions]),
+        row_of_T=on_device(row_of),
+        query_start=on_device([0, *torch.tensor(query_lens).cumsum(0).tolist()]),
+        seq_lens=on_device(lens, dtype=torch.int32),
+        slot_mapping_T=[on_device(slots)],
+        block_table=[table.to(case.device)],
+        kv_pages=[kv_pages.to(case.device)],
         layer_place=[(0, 0), (0, layer)],
         # The plan may only know upper bounds.
         attention_plan=backend.plan(query_lens=query_lens, max_seq_lens=[n + 3 for n in lens]),
-        logits_idx=torch.zeros(0, dtype=torch.int64),
+        logits_idx=on_device([], dtype=torch.int64),
     )
     return batch, layer

@@ -10,10 +10,13 @@ import torch
 
 from slipstream.kernels.gelu_and_mul import gelu_and_mul, gelu_and_mul_op
 from slipstream.kernels.paged_attention import paged_attention, paged_attention_op
+from slipstream.kernels.paged_decode import paged_decode_op
+from slipstream.kernels.paged_prefill import paged_prefill_op
 from slipstream.kernels.rms_norm import add_rms_norm, add_rms_norm_op, rms_norm, rms_norm_op
 from slipstream.kernels.rotary import rotary, rotary_op, rotary_table
 from slipstream.kernels.silu_and_mul import silu_and_mul, silu_and_mul_op
 from slipstream.kernels.store_kv import store_kv_op
+from slipstream.kernels.store_slots import store_slots_op
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -59,6 +62,17 @@ def test_store_op_declares_what_it_writes() -> None:
     slots = torch.tensor([3, 0]), torch.tensor([1, 2])
     arguments = (draw(2, 2, 8), draw(2, 2, 8, seed=1), draw(4, 2, 4, 2, 8), *slots)
     torch.library.opcheck(store_kv_op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_attention_over_pages_declares_what_it_writes() -> None:
+    pages, table = draw(4, 2, 4, 2, 8, seed=3), torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
+    lens, start = torch.tensor([7, 3]), torch.tensor([0, 2, 5])
+    decode = (draw(2, 4, 8), pages, table, lens, torch.empty(2, 4, 8), 8, 0.3, 0, 0.0)
+    tiles = torch.tensor([[0, 0], [1, 0]], dtype=torch.int32)
+    prefill = (draw(5, 4, 8), pages, table, lens, start, tiles, torch.empty(5, 4, 8), 0.3, 2, 5.0)
+    slots = (draw(3, 2, 8), draw(3, 2, 8), pages, torch.tensor([5, -1, 9]))
+    for op, arguments in ((paged_decode_op, decode), (paged_prefill_op, prefill), (store_slots_op, slots)):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_an_export_records_the_op() -> None:

@@ -1,0 +1,83 @@
+"""How does attention run on an NVIDIA GPU? One-token rows and longer spans, each by a kernel of its own.
+
+One-token rows split their context over the whole GPU; spans run in tiles of queries. Both read the pages in
+place, through the block table. What the kernels need of the plan (where tiles start) follows from host
+bounds alone and is copied once a step; lengths are read on the device.
+Invariant: nothing here waits for the device or depends on its values, so that a step of one-token rows may be
+captured and replayed for other lengths.
+T tokens, N query heads, K kv heads, H head size, B rows, R one-token rows, M tiles of queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slipstream.attention.base import AttentionCapability, AttentionPlan, AttentionSpec
+from slipstream.core.batch import ForwardBatch
+from slipstream.kernels.paged_decode import paged_decode_op
+from slipstream.kernels.paged_prefill import paged_prefill_op
+from slipstream.kernels.query_tiles import tile_queries
+from slipstream.kernels.store_slots import store_slots_op
+
+MAX_HEAD_DIM = 256
+MIN_SM = 80
+TILES = "tiles"
+
+
+class TritonAttention:
+    """Paged attention in Triton: any page size, window and soft cap, heads of up to 256."""
+
+    capability = AttentionCapability(
+        devices=frozenset({"cuda"}),
+        min_sm=MIN_SM,
+        head_dims=frozenset(range(8, MAX_HEAD_DIM + 1, 8)),
+        window=True,
+        graph=True,
+        needs_triton=True,
+    )
+
+    def plan(self, *, query_lens: Sequence[int], max_seq_lens: Sequence[int]) -> AttentionPlan:
+        return AttentionPlan.create(self, query_lens, max_seq_lens)
+
+    def run(
+        self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: ForwardBatch, spec: AttentionSpec
+    ) -> Tensor:
+        """Store K and V, then attend. Only enqueues."""
+        group, place = batch.layer_place[spec.layer_idx]
+        kv_P2tKH = batch.kv_pages[group][:, place]
+        store_slots_op(k_TKH, v_TKH, kv_P2tKH, batch.slot_mapping_T[group])
+        return self.attend(q_TNH, batch, spec)
+
+    def attend(self, q_TNH: Tensor, batch: ForwardBatch, spec: AttentionSpec) -> Tensor:
+        """Attend to what already stands in the layer's pages, the step's own tokens included."""
+        plan: AttentionPlan = batch.attention_plan
+        group, place = batch.layer_place[spec.layer_idx]
+        kv_P2tKH, table_BC = batch.kv_pages[group][:, place], batch.block_table[group]
+        out_TNH = torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
+        settings = (spec.scale, spec.window, spec.softcap)
+        rows = plan.num_decodes
+        if rows:
+            longest = max(plan.max_seq_lens[:rows])
+            lens_R = batch.seq_lens[:rows]
+            paged_decode_op(q_TNH[:rows], kv_P2tKH, table_BC, lens_R, out_TNH[:rows], longest, *settings)
+        if rows < len(plan.query_lens):
+            tiles_M2 = self._tiles(plan, q_TNH)
+            paged_prefill_op(
+                q_TNH, kv_P2tKH, table_BC, batch.seq_lens, batch.query_start, tiles_M2, out_TNH, *settings
+            )
+        return out_TNH
+
+    def _tiles(self, plan: AttentionPlan, q_TNH: Tensor) -> Tensor:
+        """Return where each tile of queries starts, (row, first query of the row), made once a step."""
+        tiles_M2 = plan.step_cache.get(TILES)
+        if tiles_M2 is None:
+            step = tile_queries(q_TNH.dtype, q_TNH.shape[2])
+            numbered = enumerate(plan.query_lens[plan.num_decodes :], start=plan.num_decodes)
+            # Late tiles of a row see the most keys: first, so that no long one is left over at the end.
+            starts = [(row, at) for row, count in numbered for at in reversed(range(0, count, step))]
+            host = torch.tensor(starts, dtype=torch.int32, pin_memory=q_TNH.is_cuda)
+            tiles_M2 = plan.step_cache[TILES] = host.to(q_TNH.device, non_blocking=True)
+        return tiles_M2

@@ -1,0 +1,183 @@
+# pyright: reportMissingImports=false, reportIndexIssue=false
+"""How does one query per row attend to its pages on a GPU? Split over the context, kv head by kv head.
+
+A program takes one row, one kv head and one share of the context: it reads each K and V once for all query
+heads that use it (as the 16 lines of a tensor core product) and keeps a running softmax. With several shares
+a second kernel joins them by their maxima and sums.
+Invariant: nothing behind `seq_lens` or before the window is read; a row of length 0 gives zeros.
+Sources: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867; Dao et al.,
+Flash-Decoding for long-context inference (2023).
+R rows, N query heads, K kv heads, G = N / K, H head size, P pages, t tokens of a block, S shares.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next, wait_for_previous
+
+LOG2_E = math.log2(math.e)
+# Programs per multiprocessor that keep memory busy, and the most shares worth joining.
+PROGRAMS_PER_SM = 4
+MAX_SPLITS = 32
+MIN_SHARE = 64
+
+
+@triton.jit
+def capped_scores(scores, scale_log2, cap_log2, HAS_CAP: tl.constexpr):
+    """Return the scores, scaled and soft-capped, times log2(e), as the two scalars already are.
+
+    cap * tanh(x / cap), with tanh(y) = 1 - 2 / (exp(2y) + 1).
+    """
+    scores = scores * scale_log2
+    if HAS_CAP:
+        scores = cap_log2 * (1.0 - 2.0 / (tl.exp(2.0 * scores / cap_log2) + 1.0))
+    return scores
+
+
+@triton.jit
+def _decode(
+    q_ptr, kv_ptr, table_ptr, lens_ptr, out_ptr, part_ptr, stats_ptr,
+    q_stride_r, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,
+    out_stride_r, out_stride_n, scale_log2, cap_log2, window,
+    N: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr,
+    IS_EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start_next(PDL)
+    wait_for_previous(PDL)
+    length = tl.load(lens_ptr + row).to(tl.int32)
+    first = 0
+    if window > 0:
+        first = tl.maximum(0, length - window)
+    share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    low = first + split * share
+    high = tl.minimum(length, low + share)
+    g, h, n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
+    heads = kv_head * GROUP + g
+    is_head = (g[:, None] < GROUP) & (h[None, :] < HEAD)
+    if (split > 0) & (low >= high):
+        return
+    q = tl.load(q_ptr + row * q_stride_r + heads[:, None] * q_stride_n + h[None, :], mask=is_head, other=0.0)
+    best = tl.full((BLOCK_G,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_H), tl.float32)
+    kv_base = kv_ptr + kv_head * head_stride
+    table_base = table_ptr + row.to(tl.int64) * table_stride
+    for at in range(low, high, BLOCK_N):
+        position = at + n
+        is_seen = position < high
+        page = tl.load(table_base + position // PAGE, mask=is_seen, other=0).to(tl.int64)
+        place = page * page_stride + (position % PAGE) * token_stride
+        mask = is_seen[:, None] & (h[None, :] < HEAD)
+        k = tl.load(kv_base + place[:, None] + h[None, :], mask=mask, other=0.0).to(q.dtype)
+        v = tl.load(kv_base + v_offset + place[:, None] + h[None, :], mask=mask, other=0.0).to(q.dtype)
+        if IS_EXACT:
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        else:
+            scores = tl.dot(q, tl.trans(k))
+        scores = capped_scores(scores, scale_log2, cap_log2, HAS_CAP)
+        scores = tl.where(is_seen[None, :], scores, float("-inf"))
+        larger = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp2(scores - larger[:, None])
+        shrink = tl.exp2(best - larger)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        if IS_EXACT:
+            acc += tl.dot(weights, v, input_precision="ieee")
+        else:
+            acc += tl.dot(weights.to(v.dtype), v)
+        best = larger
+    if SPLITS == 1:
+        out = acc / tl.maximum(total, 1e-30)[:, None]
+        at_out = out_ptr + row * out_stride_r + heads[:, None] * out_stride_n + h[None, :]
+        tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=is_head)
+    else:
+        line = (row * SPLITS + split) * N + heads
+        tl.store(part_ptr + line[:, None] * HEAD + h[None, :], acc, mask=is_head)
+        tl.store(stats_ptr + line * 2, best, mask=g < GROUP)
+        tl.store(stats_ptr + line * 2 + 1, total, mask=g < GROUP)
+
+
+@triton.jit
+def _join(
+    part_ptr, stats_ptr, lens_ptr, out_ptr, out_stride_r, out_stride_n, window,
+    N: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0), tl.program_id(1)
+    start_next(PDL)
+    wait_for_previous(PDL)
+    length = tl.load(lens_ptr + row).to(tl.int32)
+    first = 0
+    if window > 0:
+        first = tl.maximum(0, length - window)
+    share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    # The first share is always written, so that an empty row has one of weight 0.
+    used = tl.maximum(tl.cdiv(length - first, tl.maximum(share, 1)), 1)
+    s, h = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_H)
+    line = (row * SPLITS + s) * N + head
+    best = tl.load(stats_ptr + line * 2, mask=s < used, other=-1e30)
+    total = tl.load(stats_ptr + line * 2 + 1, mask=s < used, other=0.0)
+    weight = tl.exp2(best - tl.max(best, 0))
+    mask = (s[:, None] < used) & (h[None, :] < HEAD)
+    part = tl.load(part_ptr + line[:, None] * HEAD + h[None, :], mask=mask, other=0.0)
+    out = tl.sum(part * weight[:, None], 0) / tl.maximum(tl.sum(total * weight, 0), 1e-30)
+    at_out = out_ptr + row * out_stride_r + head * out_stride_n + h
+    tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=h < HEAD)
+
+
+def choose_splits(num_programs: int, max_len: int, *, sms: int) -> int:
+    """Return into how many shares a context of at most `max_len` is cut; a function of host bounds alone."""
+    wanted = sms * PROGRAMS_PER_SM // max(1, num_programs)
+    return max(1, min(wanted, MAX_SPLITS, -(-max_len // MIN_SHARE)))
+
+
+def paged_decode(
+    q_RNH: Tensor,
+    kv_P2tKH: Tensor,
+    table_RC: Tensor,
+    seq_lens_R: Tensor,
+    out_RNH: Tensor,
+    max_len: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Attend and write `out_RNH`; see `kernels/paged_decode.py`. Only enqueues."""
+    rows, heads, size = q_RNH.shape
+    _, _, page_tokens, kv_heads, _ = kv_P2tKH.shape
+    if rows == 0:
+        return
+    bound = min(max_len, window) if window else max_len
+    splits = choose_splits(rows * kv_heads, bound, sms=sms_of(q_RNH))
+    part = stats = out_RNH
+    if splits > 1:
+        part = torch.empty(rows * splits * heads, size, dtype=torch.float32, device=q_RNH.device)
+        stats = torch.empty(rows * splits * heads, 2, dtype=torch.float32, device=q_RNH.device)
+    is_exact = q_RNH.dtype == torch.float32
+    block_h = max(16, triton.next_power_of_2(size))
+    block_n = 32 if is_exact or block_h > 128 else 64
+    options = launch_options(q_RNH)
+    group = heads // kv_heads
+    _decode[(rows, kv_heads, splits)](
+        q_RNH, kv_P2tKH, table_RC, seq_lens_R, out_RNH, part, stats,
+        q_RNH.stride(0), q_RNH.stride(1), kv_P2tKH.stride(0), kv_P2tKH.stride(1), kv_P2tKH.stride(2),
+        kv_P2tKH.stride(3), table_RC.stride(0), out_RNH.stride(0), out_RNH.stride(1),
+        scale * LOG2_E, softcap * LOG2_E if softcap else 1.0, window,
+        N=heads, GROUP=group, HEAD=size, PAGE=page_tokens, SPLITS=splits,
+        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=block_n, BLOCK_H=block_h,
+        HAS_CAP=softcap > 0, IS_EXACT=is_exact, num_warps=4, num_stages=2 if is_exact else 3, **options,
+    )  # fmt: skip
+    if splits > 1:
+        _join[(rows, heads)](
+            part, stats, seq_lens_R, out_RNH, out_RNH.stride(0), out_RNH.stride(1), window,
+            N=heads, HEAD=size, SPLITS=splits, BLOCK_N=block_n, BLOCK_H=block_h,
+            BLOCK_S=triton.next_power_of_2(splits), num_warps=2, **options,
+        )  # fmt: skip
