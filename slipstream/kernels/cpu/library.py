@@ -63,7 +63,7 @@ def instruction_set() -> str:
 def loaded() -> Loaded:
     """Return the library of this process with where it came from."""
     with _lock:
-        outcome = _load_once(env.cpu_instructions(), str(env.cache_dir()))
+        outcome = _load_once(env.cpu_instructions(), str(env.kernel_cache_dir()))
     if isinstance(outcome, LibraryUnavailable):
         raise LibraryUnavailable(outcome.reason, outcome.fix)
     return outcome
@@ -117,6 +117,7 @@ def _candidates(instructions: InstructionSet, sources: Path, failures: list[str]
         kept = library_cache.find(folder, name)
         if kept is not None:
             yield kept
+        _log.warning("Compiling the CPU kernels for %s; this happens once.", instructions.name)
         build = functools.partial(compile_library, compiler, instructions, sources=sources)
         try:
             yield library_cache.add(folder, name, suffix=library_suffix(), build=build)
