@@ -98,7 +98,8 @@ SS_INLINE void add_quads(const uint8_t* codes, const int8_t* x, Integers (&total
     SS_UNROLL
     for (int quad = start; quad < start + kSteps; ++quad) {
       Bytes w = Codes::quad(codes, quad);
-      if (kNum > 1) keep_in_register(w);
+      // Signed codes come with their magnitudes: pinning those too leaves too few registers.
+      if (kNum > 1 && Codes::kMaxCode < 127) keep_in_register(w);
       SS_UNROLL
       for (int t = 0; t < kNum; ++t) {
         const Quad token = Quad::load(x + (quad * kRun + t) * 4);
@@ -119,7 +120,7 @@ SS_INLINE void add_quads(const uint8_t* codes, const int8_t* x, Integers (&total
 // integer sums need the registers, and a group loads and stores these once.
 template <int kNum>
 struct Totals {
-  static constexpr bool kInMemory = kVectorRegisters == 16 && kNum > 1;
+  static constexpr bool kInMemory = kVectorRegisters == 16 && kNum > 2;
   alignas(kAlignment) float values[kNum][kLanes];
   Floats registers[kNum];
 
@@ -135,9 +136,9 @@ struct Totals {
       registers[t] = x;
     }
   }
-  // Ends a group: the compiler may carry nothing of `values` over in registers.
+  // The compiler may carry nothing of `values` across this in registers.
   SS_INLINE void settle() {
-    if (kInMemory) asm volatile("" : : "r"(values) : "memory");
+    if (kInMemory) asm volatile("" : "+m"(values));
   }
 };
 
@@ -158,7 +159,9 @@ SS_INLINE void add_scaled(const TileJob& job, const uint8_t* codes, const uint16
   Integers sums[kNum];
   add_quads<typename Format::Codes, kNum, kRun, kFirst, kCount>(codes, job.x_codes + group * 8 * kRun * 4, sums);
   const Floats weight_scale = Format::kScales == 0 ? Floats::set(1.0f) : Floats::load_half(scale);
+  const Floats minimum = has_minima(Format::kKind) ? Floats::load_half(scale + kTileRows) : weight_scale;
   constexpr int kOffset = Format::kOffset;
+  totals.settle();
   SS_UNROLL
   for (int t = 0; t < kNum; ++t) {
     if constexpr (kOffset != 0) {
@@ -167,7 +170,7 @@ SS_INLINE void add_scaled(const TileJob& job, const uint8_t* codes, const uint16
     }
     Floats total = totals.get(t);
     if constexpr (has_minima(Format::kKind)) {
-      total = fma(Floats::load_half(scale + kTileRows), Floats::set(job.x_scaled_sums[group * kRun + t]), total);
+      total = fma(minimum, Floats::set(job.x_scaled_sums[group * kRun + t]), total);
     }
     const Floats token_scale = Floats::set(job.x_scales[group * kRun + t]);
     const Floats both_scales = Format::kScales == 0 ? token_scale : weight_scale * token_scale;

@@ -10,7 +10,8 @@
 
 namespace slipstream {
 
-constexpr int kTokens = 4;
+// 6 tokens x 2 halves of a tile, one activation and the weights fill the registers.
+constexpr int kTokens = 6;
 constexpr int kVectorRegisters = 16;
 
 // Stops the compiler from moving `v` to the stack and back around every use, which GCC 12 does to accumulators.
