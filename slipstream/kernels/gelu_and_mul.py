@@ -27,4 +27,12 @@ def _fake(x: Tensor, approximate: str = "none") -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-gelu_and_mul_op = register_op('gelu_and_mul(Tensor x, str approximate="none") -> Tensor', gelu_and_mul, _fake)
+def _cuda(x: Tensor, approximate: str = "none") -> Tensor:
+    from slipstream.kernels.gpu.gated_activation import GELU, GELU_TANH, gated_activation
+
+    return gated_activation(x, GELU_TANH if approximate == "tanh" else GELU)
+
+
+gelu_and_mul_op = register_op(
+    'gelu_and_mul(Tensor x, str approximate="none") -> Tensor', gelu_and_mul, _fake, cuda=_cuda
+)

@@ -27,16 +27,35 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _add_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-rms_norm_op = register_op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm, _fake)
+def _cuda(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == torch.float64:
+        return rms_norm(x, weight, eps)
+    from slipstream.kernels.gpu.rms_norm import rms_norm as kernel
+
+    return kernel(x, weight, eps)
+
+
+def _add_cuda(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if x.dtype == torch.float64:
+        return add_rms_norm(x, residual, weight, eps)
+    from slipstream.kernels.gpu.rms_norm import add_rms_norm as kernel
+
+    return kernel(x, residual, weight, eps)
+
+
+rms_norm_op = register_op(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm, _fake, cuda=_cuda
+)
 add_rms_norm_op = register_op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     add_rms_norm,
     _add_fake,
+    cuda=_add_cuda,
 )

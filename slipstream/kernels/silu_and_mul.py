@@ -22,4 +22,10 @@ def _fake(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-silu_and_mul_op = register_op("silu_and_mul(Tensor x) -> Tensor", silu_and_mul, _fake)
+def _cuda(x: Tensor) -> Tensor:
+    from slipstream.kernels.gpu.gated_activation import SILU, gated_activation
+
+    return gated_activation(x, SILU)
+
+
+silu_and_mul_op = register_op("silu_and_mul(Tensor x) -> Tensor", silu_and_mul, _fake, cuda=_cuda)
