@@ -21,6 +21,8 @@ MAX_THREADS = 2
 os.environ.setdefault("OMP_NUM_THREADS", str(MAX_THREADS))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Compiling the CPU kernels takes seconds: once for all tests, whatever cache they use for the rest.
+os.environ.setdefault("SLIPSTREAM_KERNEL_CACHE", str(ROOT / ".cache" / "cpu_kernels"))
 
 
 @pytest.fixture(autouse=True)

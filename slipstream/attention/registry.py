@@ -6,6 +6,7 @@ asked for by name is used or refused, never replaced.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from slipstream.attention.base import AttentionBackend, AttentionCapability
@@ -13,50 +14,106 @@ from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import ConfigError
 from slipstream.core.registry import Registry
 
-BACKENDS = Registry("attention backend", {"torch": "slipstream.attention.torch_reference:TorchReference"})
+BACKENDS = Registry(
+    "attention backend",
+    {
+        "torch": "slipstream.attention.torch_reference:TorchReference",
+        "triton": "slipstream.attention.triton:TritonAttention",
+        "cpu": "slipstream.attention.cpu:CpuPaged",
+    },
+)
 
 # Best first; `auto` takes the first one that serves the device and every group.
-PREFERENCE = ("torch",)
+PREFERENCE = ("triton", "cpu", "torch")
 
 
-def choose_backend(name: str, device: str, groups: Sequence[CacheGroup]) -> tuple[AttentionBackend, str]:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceFacts:
+    """What the choice depends on beside the model. `sm` is the compute capability x 10, 0 where unknown.
+
+    `dtype` is the type of keys and values, "" where it does not matter. `native_obstacle` says why the CPU
+    kernels cannot be had, "" where they can.
+    """
+
+    device: str
+    sm: int = 0
+    has_triton: bool = True
+    dtype: str = ""
+    native_obstacle: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.device.partition(":")[0]
+
+
+def choose_backend(
+    name: str, facts: DeviceFacts | str, groups: Sequence[CacheGroup]
+) -> tuple[AttentionBackend, str]:
     """Return the backend for `name` ("auto" or a row of `BACKENDS`) and one sentence saying why.
 
-    `device` is a torch device or its type, e.g. "cpu" or "cuda:0". Raises ConfigError for an unknown name and
-    for a backend that cannot serve the device or a group, saying which demand it fails.
+    `facts` may be a torch device or its type alone, e.g. "cpu" or "cuda:0". Raises ConfigError for an unknown
+    name and for a backend that cannot serve the device or a group, saying which demand it fails and which
+    backends meet them all.
     """
-    kind = device.partition(":")[0]
+    if isinstance(facts, str):
+        facts = DeviceFacts(device=facts)
+    kind = facts.kind
     if name != "auto":
-        backend: AttentionBackend = BACKENDS.get(name)()
-        obstacle = find_obstacle(backend.capability, kind, groups)
+        row = BACKENDS.get(name)
+        obstacle = find_obstacle(row.capability, facts, groups)
         if obstacle:
+            others = [other for other in PREFERENCE if other != name and _serves(other, facts, groups)]
+            advice = f"Use {' or '.join(map(repr, others))}, or" if others else "Use"
             raise ConfigError(
-                f"Attention backend {name!r} cannot be used: {obstacle}. Use 'auto' to let us choose."
+                f"Attention backend {name!r} cannot be used: {obstacle}. {advice} 'auto' to let us choose."
             )
-        return backend, f"attention backend {name!r}: asked for by name"
+        return row(), f"attention backend {name!r}: asked for by name"
     obstacles: list[str] = []
     for candidate in PREFERENCE:
-        backend = BACKENDS.get(candidate)()
-        obstacle = find_obstacle(backend.capability, kind, groups)
+        row = BACKENDS.get(candidate)
+        obstacle = find_obstacle(row.capability, facts, groups)
         if not obstacle:
             skipped = f"; passed over: {'; '.join(obstacles)}" if obstacles else ""
             return (
-                backend,
+                row(),
                 f"attention backend {candidate!r}: first that serves {kind} and this model{skipped}",
             )
-        obstacles.append(f"{candidate}: {obstacle}")
+        if kind in row.capability.devices:
+            obstacles.append(f"{candidate}: {obstacle}")
     raise ConfigError(f"No attention backend serves this model on {kind}: {'; '.join(obstacles)}.")
 
 
-def find_obstacle(capability: AttentionCapability, device: str, groups: Sequence[CacheGroup]) -> str:
+def _serves(name: str, facts: DeviceFacts, groups: Sequence[CacheGroup]) -> bool:
+    return not find_obstacle(BACKENDS.get(name).capability, facts, groups)
+
+
+def find_obstacle(
+    capability: AttentionCapability, facts: DeviceFacts | str, groups: Sequence[CacheGroup]
+) -> str:
     """Return the first demand that `capability` does not meet, or an empty string."""
-    if device not in capability.devices:
-        return f"it runs on {', '.join(sorted(capability.devices))}, not on {device}"
+    if isinstance(facts, str):
+        facts = DeviceFacts(device=facts)
+    if facts.kind not in capability.devices:
+        return f"it runs on {', '.join(sorted(capability.devices))}, not on {facts.kind}"
+    if 0 < facts.sm < capability.min_sm:
+        return (
+            f"it needs compute capability {_dotted(capability.min_sm)}, and this GPU has {_dotted(facts.sm)}"
+        )
+    if capability.needs_triton and not facts.has_triton:
+        return "it needs triton, which is not installed (pip install triton)"
+    if capability.native_blocks and facts.native_obstacle:
+        return f"the CPU kernels cannot be had: {facts.native_obstacle}"
+    if facts.dtype and facts.dtype not in capability.kv_dtypes:
+        return f"it serves keys and values of {', '.join(sorted(capability.kv_dtypes))}, not {facts.dtype}"
     for group in groups:
         obstacle = _group_obstacle(capability, group)
         if obstacle:
             return obstacle
     return ""
+
+
+def _dotted(sm: int) -> str:
+    return f"{sm // 10}.{sm % 10}"
 
 
 def _group_obstacle(capability: AttentionCapability, group: CacheGroup) -> str:
@@ -66,7 +123,16 @@ def _group_obstacle(capability: AttentionCapability, group: CacheGroup) -> str:
     if group.kind not in served:
         return f"it serves {', '.join(sorted(served))} groups, and layer {group.layers[0]} needs {group.kind}"
     if capability.head_dims and group.head_dim not in capability.head_dims:
-        return f"it serves head sizes {sorted(capability.head_dims)}, and this model has {group.head_dim}"
+        return f"it serves head sizes {_listed(capability.head_dims)}, and this model has {group.head_dim}"
     if group.block_tokens and capability.page_sizes and group.block_tokens not in capability.page_sizes:
         return f"it serves {sorted(capability.page_sizes)} tokens per block, and {group.block_tokens} are set"
     return ""
+
+
+def _listed(sizes: frozenset[int]) -> str:
+    """Return the sizes in order; a long even row of them by its ends."""
+    ordered = sorted(sizes)
+    step = ordered[1] - ordered[0] if len(ordered) > 1 else 0
+    if len(ordered) > 6 and ordered == list(range(ordered[0], ordered[-1] + 1, step)):
+        return f"[{ordered[0]}, {ordered[1]}, ..., {ordered[-1]}]"
+    return str(ordered)

@@ -15,8 +15,9 @@ class KvCacheConfig:
     `max_tokens` bounds the pool (None: by memory). `free_gpu_memory_fraction` is the share of what is free
     after weights and activations. `max_gpu_total_bytes` bounds the pool in bytes ("40GiB" or an int).
     `enable_block_reuse` shares whole blocks of equal prefixes, `enable_partial_reuse` copies the part of a
-    block that matches. `event_buffer_max_size` keeps that many events of what becomes findable and what is
-    forgotten, for `LLM.get_kv_cache_events` (0: none).
+    block that matches. `dtype` is the type of keys and values; "auto" is the activations' type, and float16
+    beside packed weights on a CPU. `event_buffer_max_size` keeps that many events of what becomes findable
+    and what is forgotten, for `LLM.get_kv_cache_events` (0: none).
     """
 
     enable_block_reuse: bool = True
@@ -44,10 +45,10 @@ class KvCacheConfig:
                 "KvCacheConfig(copy_on_partial_reuse=False) would write to a page that others may read; "
                 "use enable_partial_reuse=False to share whole blocks only."
             )
-        if self.dtype != "auto":
+        if self.dtype not in KV_DTYPES:
             raise UnsupportedError(
-                f"KvCacheConfig(dtype={self.dtype!r}) is not served by this version; "
-                "the cache has the type of the activations (dtype='auto')."
+                f"KvCacheConfig(dtype={self.dtype!r}) is not served by this version; valid: "
+                f"{', '.join(KV_DTYPES)}."
             )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ConfigError(f"KvCacheConfig(max_tokens={self.max_tokens}) must be at least 1.")
@@ -63,6 +64,7 @@ class KvCacheConfig:
             )
 
 
+KV_DTYPES = ("auto", "float16", "bfloat16", "float32")
 MAX_EVENTS = 2**20
 _LATER = (
     "max_attention_window",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 Format = Literal["hf", "gguf"]
@@ -26,6 +27,8 @@ class WeightTensor:
     (float32 for quantised types, the stored type otherwise); callers copy, they never write into it. Reading
     a few megabytes of rows at a time keeps memory flat. Raises IndexError for rows the tensor does not have,
     CheckpointError where the file changed since it was opened. A scalar has shape () and one row.
+    `read_raw(start, stop)`, where there is one, returns the stored bytes of whole rows, uint8
+    [stop - start, bytes of a row].
     """
 
     name: str
@@ -33,6 +36,7 @@ class WeightTensor:
     dtype: str
     num_bytes: int
     read: Callable[[int, int], Tensor] = dataclasses.field(repr=False)
+    read_raw: Callable[[int, int], np.ndarray] | None = dataclasses.field(default=None, repr=False)
 
     def read_all(self) -> Tensor:
         return self.read(0, self.shape[0] if self.shape else 1)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from slipstream.checkpoint.base import Format, WeightTensor, require_rows
@@ -40,10 +41,20 @@ class GgufCheckpoint:
         """Yield every tensor once, in file order."""
         for tensor in self._tensors:
             read = functools.partial(_read_rows, self._file, tensor)
-            yield WeightTensor(tensor.name, tensor.shape, tensor.block.name, tensor.num_bytes, read)
+            is_raw = len(tensor.shape) == 2 and tensor.shape[1] % tensor.block.elements == 0
+            read_raw = functools.partial(_read_raw, self._file, tensor) if is_raw else None
+            yield WeightTensor(tensor.name, tensor.shape, tensor.block.name, tensor.num_bytes, read, read_raw)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _read_raw(file: WeightFile, tensor: GgufTensor, start: int, stop: int) -> np.ndarray:
+    """Return the stored bytes of whole rows of a matrix."""
+    require_rows(tensor.name, tensor.shape, start, stop)
+    row_bytes = tensor.shape[1] // tensor.block.elements * tensor.block.num_bytes
+    raw = file.read(tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+    return raw.reshape(stop - start, row_bytes)
 
 
 def _read_rows(file: WeightFile, tensor: GgufTensor, start: int, stop: int) -> Tensor:

@@ -15,6 +15,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SLIPSTREAM_CACHE") or Path.home() / ".cache" / "slipstream")
 
 
+def kernel_cache_dir() -> Path:
+    """`SLIPSTREAM_KERNEL_CACHE`: where compiled CPU kernels are kept, if not with the rest of the cache."""
+    return Path(os.environ.get("SLIPSTREAM_KERNEL_CACHE") or cache_dir() / "cpu_kernels")
+
+
 def log_level() -> str:
     """`SLIPSTREAM_LOG`: `debug`, `info`, `warning` (default) or `error`."""
     return os.environ.get("SLIPSTREAM_LOG", "warning").upper()

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from slipstream.attention.base import AttentionBackend
-from slipstream.attention.registry import choose_backend
+from slipstream.attention.registry import DeviceFacts, choose_backend
 from slipstream.cache.groups import resolve as resolve_groups
 from slipstream.cache.kv_cache import KvCache
 from slipstream.checkpoint.base import Checkpoint
@@ -32,10 +32,12 @@ from slipstream.engine.engine import Engine
 from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, fit_capacity, resolve
 from slipstream.engine.runner import Runner
 from slipstream.engine.scheduler import Scheduler
+from slipstream.kernels.cpu.library import LibraryUnavailable, library
+from slipstream.kernels.registration import has_triton
 from slipstream.models.loading import load_weights
 from slipstream.models.registry import model_class, read_config
 from slipstream.parallel.mesh import Mesh
-from slipstream.quant.unquantized import Unquantized
+from slipstream.quant.registry import SCHEMES
 from slipstream.text.base import Tokenizer
 from slipstream.text.from_folder import load_tokenizer_folder
 from slipstream.text.from_gguf import load_tokenizer_gguf
@@ -81,21 +83,26 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
             vocab_size=model_config.vocab_size,
             max_position_embeddings=model_config.max_position_embeddings,
             dtype=stored_dtype(checkpoint),
+            is_quantized=checkpoint.format == "gguf",
         )
-        resolved = resolve(config, facts, has_cuda=torch.cuda.is_available())
+        has_cuda = torch.cuda.is_available()
+        native_obstacle = find_native_obstacle(config, has_cuda)
+        resolved = resolve(config, facts, has_cuda=has_cuda, native_obstacle=native_obstacle)
         tokenizer = _load_tokenizer(config, checkpoint)
         if tokenizer is not None:
             check_vocab(tokenizer, facts.vocab_size)
         device = torch.device(resolved.device)
         dtype = getattr(torch, resolved.dtype)
-        build = functools.partial(cls, model_config, mesh=Mesh(), quant=Unquantized(), dtype=dtype)
+        quant = SCHEMES.get(resolved.quantization)()
+        build = functools.partial(cls, model_config, mesh=Mesh(), quant=quant, dtype=dtype)
         model = build(device=device)
         groups = resolve_groups(
             model.cache_groups(),
             block_tokens=resolved.kv_cache.tokens_per_block,
-            element_bytes=dtype.itemsize,
+            element_bytes=getattr(torch, resolved.kv_dtype).itemsize,
         )
-        backend, why = choose_backend(resolved.attn_backend, resolved.device, groups)
+        device_facts_found = device_facts(device, resolved.kv_dtype, native_obstacle)
+        backend, why = choose_backend(resolved.attn_backend, device_facts_found, groups)
         load_weights(model, checkpoint, progress=_weights_progress(progress))
         eos = _eos_token_ids(tokenizer, checkpoint)
     finally:
@@ -146,7 +153,12 @@ def _build_engine(
         event_buffer_max_size=resolved.kv_cache.event_buffer_max_size,
     )
     max_seq_len = fit_seq_len(cache, resolved, asked=config.max_seq_len)
-    limits = Limits(vocab_size=facts.vocab_size, max_seq_len=max_seq_len, eos_token_ids=eos)
+    limits = Limits(
+        vocab_size=facts.vocab_size,
+        max_seq_len=max_seq_len,
+        eos_token_ids=eos,
+        max_beam_width=resolved.max_beam_width,
+    )
     scheduler = Scheduler(
         cache,
         max_batch_size=resolved.max_batch_size,
@@ -160,7 +172,7 @@ def _build_engine(
         num_pages=capacity.num_pages,
         max_batch_size=resolved.max_batch_size,
         max_seq_len=max_seq_len,
-        kv_dtype=getattr(torch, resolved.dtype),
+        kv_dtype=getattr(torch, resolved.kv_dtype),
         device=device,
         backend=backend,
     )
@@ -197,6 +209,32 @@ def memory_of(device: torch.device) -> tuple[int, int]:
         return torch.cuda.mem_get_info(device)
     memory = psutil.virtual_memory()
     return memory.available, memory.total
+
+
+def device_facts(device: torch.device, kv_dtype: str, native_obstacle: str) -> DeviceFacts:
+    """Return what the choice of an attention backend depends on."""
+    sm = 0
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        sm = 10 * major + minor
+    return DeviceFacts(
+        device=str(device),
+        sm=sm,
+        has_triton=has_triton(),
+        dtype=kv_dtype,
+        native_obstacle=native_obstacle,
+    )
+
+
+def find_native_obstacle(config: EngineConfig, has_cuda: bool) -> str:
+    """Return why the CPU kernels cannot be had, "" where they can or a GPU runs; builds them on first use."""
+    if config.device == "cuda" or (config.device == "auto" and has_cuda):
+        return ""
+    try:
+        library()
+    except LibraryUnavailable as error:
+        return f"{error.reason} {error.fix}".replace("\n", " ")
+    return ""
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
@@ -247,7 +285,8 @@ def _report(
         return f"{name} {value} ({reasons[name]})" if name in reasons else f"{name} {value} (asked for)"
 
     return [
-        f"{choice('device', resolved.device)}, {choice('dtype', resolved.dtype)}",
+        f"{choice('device', resolved.device)}, {choice('dtype', resolved.dtype)}, "
+        f"{choice('quantization', resolved.quantization)}, keys and values in {resolved.kv_dtype}",
         backend_reason,
         f"memory: weights {weight_bytes:,} bytes, KV cache {capacity.pool_bytes:,} bytes "
         f"({capacity.num_tokens:,} tokens: {capacity.reason})",

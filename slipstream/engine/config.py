@@ -12,6 +12,7 @@ from typing import Any
 from slipstream.cache.config import KvCacheConfig
 from slipstream.core.errors import ConfigError, UnsupportedError, nearest
 from slipstream.core.options import options
+from slipstream.quant.registry import SCHEMES
 
 
 class CapacitySchedulerPolicy(enum.Enum):
@@ -139,8 +140,15 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name}={value!r} is unknown; valid: {', '.join(valid)}.{nearest(str(value), valid)}"
                 )
-        for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "stream_interval"):
+        for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "max_beam_width", "stream_interval"):
             _require_count(name, getattr(self, name))
+        if self.quant_config is not None and not isinstance(self.quant_config, str):
+            raise UnsupportedError(
+                f"quant_config={self.quant_config!r} is not served by this version; name a scheme, as in "
+                f"quantization='int8' (valid: {', '.join(SCHEMES.names())})."
+            )
+        if self.quant_config is not None:
+            SCHEMES.get(self.quant_config)
         _require_section("kv_cache_config", self.kv_cache_config, KvCacheConfig)
         _require_section("scheduler_config", self.scheduler_config, SchedulerConfig)
         if self.seed is not None and not 0 <= self.seed < 2**63:
@@ -159,12 +167,10 @@ _NOT_SERVED = {
     "enable_attention_dp": "leave it off",
     "cuda_graph_config": "nothing is captured yet; leave it unset",
     "torch_compile_config": "nothing is compiled; leave it unset",
-    "quant_config": "load an unquantised or GGUF checkpoint and leave it unset",
     "speculative_config": "leave it unset for plain decoding",
     "enable_lora": "merge the adapter into the checkpoint",
     "lora_config": "merge the adapter into the checkpoint",
     "guided_decoding_backend": "leave it unset",
-    "max_beam_width": "leave it unset and use sampling",
     "batch_invariant": "leave it off; float32 greedy tokens do not depend on the batch anyway",
 }
 _CHOICES = {

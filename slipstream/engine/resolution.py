@@ -9,19 +9,22 @@ from __future__ import annotations
 import dataclasses
 
 from slipstream.cache.config import KvCacheConfig
-from slipstream.core.errors import ConfigError, OutOfMemoryError
+from slipstream.core.errors import ConfigError, OutOfMemoryError, UnsupportedError
+from slipstream.core.limits import MAX_BEAM_WIDTH
 from slipstream.engine.config import EngineConfig, SchedulerConfig
 
 MIN_SEQ_LEN = 2
+UNQUANTIZED = "unquantized"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """What a checkpoint says of its model: bounds and stored type ("float32", "bfloat16", ...)."""
+    """What a checkpoint says of its model: bounds, stored type ("float32", ...), whether it is quantised."""
 
     vocab_size: int
     max_position_embeddings: int
     dtype: str
+    is_quantized: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,11 +33,14 @@ class ResolvedConfig:
 
     device: str
     dtype: str
+    quantization: str
+    kv_dtype: str
     max_batch_size: int
     max_num_tokens: int
     max_seq_len: int
     depth: int
     enable_chunked_prefill: bool
+    max_beam_width: int
     capacity_policy: str
     kv_cache: KvCacheConfig
     attn_backend: str
@@ -54,8 +60,13 @@ class Capacity:
     reason: str
 
 
-def resolve(config: EngineConfig, facts: ModelFacts, *, has_cuda: bool) -> ResolvedConfig:
-    """Fill in every open choice. Raises ConfigError for one that this machine or model cannot honour."""
+def resolve(
+    config: EngineConfig, facts: ModelFacts, *, has_cuda: bool, native_obstacle: str = ""
+) -> ResolvedConfig:
+    """Fill in every open choice. Raises ConfigError for one that this machine or model cannot honour.
+
+    `native_obstacle` says why the CPU kernels cannot be had, "" where they can.
+    """
     reasons: dict[str, str] = {}
     device = _device(config, has_cuda, reasons)
     if device == "cpu" and config.gpu_memory_utilization is not None:
@@ -71,14 +82,19 @@ def resolve(config: EngineConfig, facts: ModelFacts, *, has_cuda: bool) -> Resol
             f"max_batch_size={max_batch_size} exceeds max_num_tokens={max_num_tokens}: a step gives every "
             "running request a token; raise max_num_tokens or lower max_batch_size."
         )
+    quantization = _quantization(config, facts, device, native_obstacle, reasons)
+    dtype = _dtype(config, facts, device, quantization, reasons)
     return ResolvedConfig(
         device=device,
-        dtype=_dtype(config, facts, device, reasons),
+        dtype=dtype,
+        quantization=quantization,
+        kv_dtype=_kv_dtype(config, device, dtype, quantization),
         max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens,
         max_seq_len=_max_seq_len(config, facts),
         depth=_depth(config, device, reasons),
         enable_chunked_prefill=config.enable_chunked_prefill,
+        max_beam_width=_max_beam_width(config, max_batch_size),
         capacity_policy=(config.scheduler_config or SchedulerConfig()).capacity_policy,
         kv_cache=config.kv_cache_config or KvCacheConfig(),
         attn_backend=config.attn_backend,
@@ -86,6 +102,16 @@ def resolve(config: EngineConfig, facts: ModelFacts, *, has_cuda: bool) -> Resol
         seed=config.seed,
         reasons=reasons,
     )
+
+
+def _max_beam_width(config: EngineConfig, max_batch_size: int) -> int:
+    asked = config.max_beam_width
+    if asked is not None and asked > max_batch_size:
+        raise ConfigError(
+            f"max_beam_width={asked} exceeds max_batch_size={max_batch_size}: each beam of a request takes a "
+            "row of its own; raise max_batch_size or lower max_beam_width."
+        )
+    return min(max_batch_size, MAX_BEAM_WIDTH) if asked is None else asked
 
 
 def _device(config: EngineConfig, has_cuda: bool, reasons: dict[str, str]) -> str:
@@ -100,14 +126,55 @@ def _device(config: EngineConfig, has_cuda: bool, reasons: dict[str, str]) -> st
     return "cuda" if has_cuda else "cpu"
 
 
-def _dtype(config: EngineConfig, facts: ModelFacts, device: str, reasons: dict[str, str]) -> str:
+def _quantization(
+    config: EngineConfig, facts: ModelFacts, device: str, native_obstacle: str, reasons: dict[str, str]
+) -> str:
+    """Return a row of quant.registry.SCHEMES."""
+    asked = config.quant_config
+    if asked not in (None, UNQUANTIZED):
+        if device != "cpu":
+            raise ConfigError(f"quantization={asked!r} runs on a CPU; leave it unset on {device!r}.")
+        if native_obstacle:
+            raise ConfigError(f"quantization={asked!r} needs the CPU kernels: {native_obstacle}")
+        if config.dtype not in ("auto", "float32"):
+            raise ConfigError(
+                f"quantization={asked!r} computes in float32; leave dtype='auto' instead of {config.dtype!r}."
+            )
+        return asked
+    if asked == UNQUANTIZED or device != "cpu" or not facts.is_quantized:
+        return UNQUANTIZED
+    if config.dtype != "auto":
+        reasons["quantization"] = f"dtype={config.dtype!r} asks for the weights as floats"
+        return UNQUANTIZED
+    if native_obstacle:
+        reasons["quantization"] = f"plain torch, several times slower: {native_obstacle}"
+        return UNQUANTIZED
+    reasons["quantization"] = "the file's own types, int8 activations; dtype='float32' is exact"
+    return "gguf"
+
+
+def _dtype(
+    config: EngineConfig, facts: ModelFacts, device: str, quantization: str, reasons: dict[str, str]
+) -> str:
     if config.dtype != "auto":
         return config.dtype
     if device == "cuda":
         reasons["dtype"] = "the checkpoint's type"
         return facts.dtype if facts.dtype in ("bfloat16", "float16") else "float32"
-    reasons["dtype"] = "the fastest path on a CPU that passes the quality gate"
+    is_packed = quantization != UNQUANTIZED
+    reasons["dtype"] = "between packed weights" if is_packed else "exact, and the fastest plain type on a CPU"
     return "float32"
+
+
+def _kv_dtype(config: EngineConfig, device: str, dtype: str, quantization: str) -> str:
+    asked = (config.kv_cache_config or KvCacheConfig()).dtype
+    if asked == "auto":
+        return "float16" if device == "cpu" and quantization != UNQUANTIZED else dtype
+    if device != "cpu" and asked != dtype:
+        raise UnsupportedError(
+            f"KvCacheConfig(dtype={asked!r}) beside dtype={dtype!r} is served on a CPU only; leave it 'auto'."
+        )
+    return asked
 
 
 def _depth(config: EngineConfig, device: str, reasons: dict[str, str]) -> int:

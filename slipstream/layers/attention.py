@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from slipstream.attention.base import AttentionSpec
+from slipstream.attention.base import AttentionSpec, Rotation
 from slipstream.core.batch import ForwardBatch
 from slipstream.kernels.rotary import rotary
 from slipstream.layers.build_context import BuildContext
@@ -71,8 +71,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor:
         """Return [T, D], reduced over the tensor ranks."""
+        return self.output(self.attend(self.qkv(x_TD), batch))
+
+    def attend(self, qkv_TC: Tensor, batch: ForwardBatch) -> Tensor:
+        """Return [T, N * H], what the output projection takes, from q, k and v side by side."""
+        plan = batch.attention_plan
+        if plan.backend.capability.rotates:
+            return plan.backend.rotate_and_run(qkv_TC, self._rotation(batch), batch, self.attention.spec)
         num_qk = self.heads + self.kv_heads
-        qkv_TAH = self.qkv(x_TD).unflatten(-1, (-1, self.head_dim))
+        qkv_TAH = qkv_TC.unflatten(-1, (-1, self.head_dim))
         table_T2H = self.rotary(batch)
         qk_TAH, v_TKH = qkv_TAH[:, :num_qk], qkv_TAH[:, num_qk:]
         if self.q_norm is None or self.k_norm is None:
@@ -82,4 +89,15 @@ class SelfAttention(nn.Module):
             q_TNH, k_TKH = self.q_norm(qk_TAH[:, : self.heads]), self.k_norm(qk_TAH[:, self.heads :])
             q_TNH = rotary(q_TNH, table_T2H, self.rotary.interleaved)
             k_TKH = rotary(k_TKH, table_T2H, self.rotary.interleaved)
-        return self.output(self.attention(q_TNH, k_TKH, v_TKH, batch).flatten(1))
+        return self.attention(q_TNH, k_TKH, v_TKH, batch).flatten(1)
+
+    def _rotation(self, batch: ForwardBatch) -> Rotation:
+        q_norm, k_norm = self.q_norm, self.k_norm
+        return Rotation(
+            heads=self.heads,
+            table_P2H=self.rotary.table(batch.attention_plan.max_seq_len),
+            interleaved=self.rotary.interleaved,
+            q_norm_H=None if q_norm is None else q_norm.weight,
+            k_norm_H=None if k_norm is None else k_norm.weight,
+            eps=0.0 if q_norm is None else q_norm.eps,
+        )

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from slipstream.core.batch import ForwardBatch
 from slipstream.layers.build_context import BuildContext
-from slipstream.layers.parameter import Parameter, Slot
+from slipstream.layers.packed_parameter import PackedParameter
+from slipstream.layers.parameter import Parameter, Slot, even_slot
 
 
 class VocabEmbedding(nn.Module):
@@ -21,8 +22,8 @@ class VocabEmbedding(nn.Module):
 
     def __init__(self, build: BuildContext, vocab_size: int, hidden_size: int, *, scale: float = 1.0) -> None:
         super().__init__()
-        self.mesh, self.scale = build.mesh, scale
-        self.weight = vocab_parameter(build, vocab_size, hidden_size)
+        self.mesh, self.quant, self.scale = build.mesh, build.quant, scale
+        self.weight = vocab_matrix(build, vocab_size, hidden_size)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Return [T, D]; rows under `embedding_mask_T` come from `embedding_overlay_TD`, unscaled."""
@@ -37,7 +38,7 @@ class VocabEmbedding(nn.Module):
 
     def look_up(self, token_ids_T: Tensor) -> Tensor:
         if self.mesh.tp_size == 1:
-            return embedding(token_ids_T, self.weight)
+            return self.quant.look_up(self, token_ids_T)
         slot = self.weight.slots[""]
         local_T = token_ids_T - slot.start
         is_mine_T = (local_T >= 0) & (local_T < slot.length)
@@ -58,14 +59,31 @@ class LMHead(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.mesh, self.vocab_size = build.mesh, vocab_size
-        self.weight = tied.weight if tied else vocab_parameter(build, vocab_size, hidden_size)
+        self.mesh, self.quant, self.vocab_size = build.mesh, build.quant, vocab_size
+        self.weight = tied.weight if tied else vocab_matrix(build, vocab_size, hidden_size)
         self.bias: Parameter | None = vocab_parameter(build, vocab_size) if bias else None
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
         """Return [R, V] float32."""
-        logits_RV = self.mesh.all_gather(linear(hidden_RD, self.weight, self.bias), -1)
+        logits_RV = self.quant.apply(self, hidden_RD)
+        if self.bias is not None:
+            logits_RV = logits_RV.add_(self.bias)
+        logits_RV = self.mesh.all_gather(logits_RV, -1)
         return logits_RV[:, : self.vocab_size].float()
+
+
+def vocab_matrix(build: BuildContext, vocab_size: int, hidden_size: int) -> Parameter:
+    """Return this rank's rows of the embedding or the head, as the quantisation method keeps a matrix."""
+    spec = build.quant.create(in_features=hidden_size, out_features=vocab_size, dtype=build.dtype)["weight"]
+    if spec.packing is None:
+        return vocab_parameter(build, vocab_size, hidden_size)
+    return PackedParameter.create_packed(
+        spec.shape,
+        spec.packing,
+        device=build.device,
+        dim=0,
+        slots={"": even_slot(vocab_size, rank=build.mesh.tp_rank, size=build.mesh.tp_size)},
+    )
 
 
 def vocab_parameter(build: BuildContext, vocab_size: int, *row: int) -> Parameter:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from slipstream.core.errors import ConfigError
 from slipstream.layers.build_context import BuildContext
+from slipstream.layers.packed_parameter import PackedParameter
 from slipstream.layers.parameter import Parameter, Slot, even_slot
 from slipstream.quant.base import TensorSpec
 
@@ -145,6 +146,15 @@ def local_kv_heads(num_kv_heads: int, tp_size: int) -> int:
 def _parameter(
     spec: TensorSpec, build: BuildContext, out_slots: dict[str, Slot] | None, in_slot: Slot | None
 ) -> Parameter:
+    if spec.packing is not None:
+        is_by_rows = out_slots is not None
+        return PackedParameter.create_packed(
+            spec.shape,
+            spec.packing,
+            device=build.device,
+            dim=0 if is_by_rows else 1,
+            slots=out_slots if is_by_rows else ({"": in_slot} if in_slot is not None else None),
+        )
     dim, slots = None, None
     if out_slots is not None and spec.out_dim is not None:
         dim, slots = spec.out_dim, {name: slot.divided(spec.out_step) for name, slot in out_slots.items()}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 
 from slipstream.core.errors import ConfigError, nearest
-from slipstream.kernels.gelu_and_mul import gelu_and_mul, gelu_tanh_and_mul
-from slipstream.kernels.silu_and_mul import silu_and_mul
+from slipstream.kernels.gelu_and_mul import gelu_and_mul, gelu_and_mul_op, gelu_tanh_and_mul
+from slipstream.kernels.silu_and_mul import silu_and_mul, silu_and_mul_op
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.linear import ColumnParallelLinear, GateUpLinear, RowParallelLinear
 
@@ -23,6 +23,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": silu_and_mul,
     "gelu": gelu_and_mul,
     "gelu_pytorch_tanh": gelu_tanh_and_mul,
+}
+# The same as registered ops, which have kernels of their own on a GPU and cost a CPU 5 us a call.
+GPU_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu_and_mul_op,
+    "swish": silu_and_mul_op,
+    "gelu": gelu_and_mul_op,
+    "gelu_pytorch_tanh": functools.partial(gelu_and_mul_op, approximate="tanh"),
 }
 
 gelu_tanh = functools.partial(gelu, approximate="tanh")
@@ -50,12 +57,14 @@ class GatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         _check_known(activation, ACTIVATIONS)
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.activation_name = ACTIVATIONS[activation], activation
         self.gate_up = GateUpLinear(build, hidden_size, intermediate_size, bias=bias)
         self.down = RowParallelLinear(build, intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate_up(x_TD)))
+        gate_up_TF = self.gate_up(x_TD)
+        activation = GPU_ACTIVATIONS[self.activation_name] if gate_up_TF.is_cuda else self.activation
+        return self.down(activation(gate_up_TF))
 
 
 class MLP(nn.Module):
@@ -72,7 +81,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         _check_known(activation, PLAIN_ACTIVATIONS)
-        self.activation = PLAIN_ACTIVATIONS[activation]
+        self.activation, self.activation_name = PLAIN_ACTIVATIONS[activation], activation
         self.up = ColumnParallelLinear(build, hidden_size, intermediate_size, bias=bias)
         self.down = RowParallelLinear(build, intermediate_size, hidden_size, bias=bias)
 

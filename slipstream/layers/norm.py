@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from slipstream.kernels.rms_norm import add_rms_norm, rms_norm
+from slipstream.kernels.rms_norm import add_rms_norm, add_rms_norm_op, rms_norm, rms_norm_op
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.parameter import Parameter
 
@@ -25,11 +25,12 @@ class RMSNorm(nn.Module):
         self.weight = Parameter.create((size,), dtype=torch.float32, device=build.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return (rms_norm_op if x.is_cuda else rms_norm)(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return (norm(x + residual), x + residual)."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        add_norm = add_rms_norm_op if x.is_cuda else add_rms_norm
+        return add_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -50,10 +50,13 @@ class Rotary(nn.Module):
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Return the [T, 2, H] float32 table rows of the batch's positions."""
-        needed = batch.attention_plan.max_seq_len
+        return self.table(batch.attention_plan.max_seq_len).index_select(0, batch.positions_kT[0])
+
+    def table(self, needed: int) -> Tensor:
+        """Return the [P, 2, H] float32 table of at least `needed` positions."""
         if self._table_P2H is None or self._table_P2H.shape[0] < needed:
             self._table_P2H = self._make_table(needed)
-        return self._table_P2H.index_select(0, batch.positions_kT[0])
+        return self._table_P2H
 
     def _make_table(self, needed: int) -> Tensor:
         size = max(FIRST_POSITIONS, 1 << (needed - 1).bit_length())

@@ -19,8 +19,10 @@ from slipstream.checkpoint.fields import optional, require
 from slipstream.core.batch import ForwardBatch
 from slipstream.core.errors import CheckpointError
 from slipstream.layers.attention import SelfAttention
+from slipstream.layers.block_parts import BlockParts
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.mlp import MLP, PLAIN_ACTIVATIONS
+from slipstream.layers.native_block import NativeBlocks
 from slipstream.layers.norm import LayerNorm
 from slipstream.layers.rope_config import RopeConfig, rope_from_gguf
 from slipstream.layers.rotary import Rotary
@@ -96,7 +98,7 @@ class GPTJConfig(DecoderConfig):
         return cls(**sizes, rope=rope)
 
 
-class ParallelBlock(nn.Module):
+class ParallelBlock(NativeBlocks):
     """x + attention(norm(x)) + mlp(norm(x))."""
 
     def __init__(self, build: BuildContext, config: GPTJConfig, *, layer_idx: int, rotary: Rotary) -> None:
@@ -119,7 +121,13 @@ class ParallelBlock(nn.Module):
             bias=config.has_mlp_bias,
         )
 
+    def parts(self) -> BlockParts:
+        return BlockParts(attention=self.attention, mlp=self.mlp, input_norm=self.norm)
+
     def forward(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor:
+        """Return the block's output; the native form replaces `x_TD` by it."""
+        if self.native is not None and self.runs_natively(batch):
+            return self.native.run(x_TD, batch)
         normed_TD = self.norm(x_TD)
         return x_TD + self.attention(normed_TD, batch) + self.mlp(normed_TD)
 

@@ -16,6 +16,7 @@ from slipstream.checkpoint.base import Checkpoint, WeightTensor
 from slipstream.checkpoint.dummy import DummyCheckpoint
 from slipstream.core.errors import CheckpointError
 from slipstream.layers.linear import Linear
+from slipstream.layers.native_block import NativeBlocks
 from slipstream.models.random_weights import fill_random
 from slipstream.models.weight_map import Place
 
@@ -38,9 +39,16 @@ def load_weights(model: Any, checkpoint: Checkpoint, *, progress: Progress | Non
         return
     tensors = fitting_tensors(model, checkpoint, places)
     _place_all(places, tensors, progress)
+    finish_modules(model)
+
+
+def finish_modules(model: nn.Module) -> None:
+    """Let every module take its last form, now that its weights are in place."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.quant.load(module)
+        elif isinstance(module, NativeBlocks):
+            module.find_native()
 
 
 def fitting_tensors(

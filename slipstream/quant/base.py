@@ -7,20 +7,29 @@ and hands itself to `load` and `apply`. It knows nothing of shards: sizes are th
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from slipstream.core.capability import Capability
 
+if TYPE_CHECKING:
+    from slipstream.kernels.cpu.packed_matrix import Kind
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantCapability(Capability):
-    """What a method needs. `group_size` is the number of inputs that share a scale, 0 where there is none."""
+    """What a method needs. `group_size` is the number of inputs that share a scale, 0 where there is none.
+
+    `native_blocks` says that a decoder block of such weights may run as one native call, `plain_weights` that
+    `weight` is the matrix itself, for kernels that read it.
+    """
 
     activation_dtypes: frozenset[str] = frozenset({"float32", "float16", "bfloat16"})
     group_size: int = 0
+    native_blocks: bool = False
+    plain_weights: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +37,8 @@ class TensorSpec:
     """One tensor of a layer. `out_dim` and `in_dim` are its dimensions along outputs and inputs, or None.
 
     A dimension holds one element per `out_step` outputs (`in_step` inputs), so that the layer can cut a
-    packed or a grouped tensor at the same places as a plain one.
+    packed or a grouped tensor at the same places as a plain one. With `packing`, the shape is that of the
+    weights before they are packed, and what is kept is known only when they are read.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +47,15 @@ class TensorSpec:
     in_dim: int | None
     out_step: int = 1
     in_step: int = 1
+    packing: Packing | None = None
+
+
+class Packing(Protocol):
+    """How a method that packs weights while they stream decides on their form."""
+
+    def kind_of(self, stored: str) -> Kind:
+        """Return the form in which a tensor that the checkpoint stores as `stored` is kept."""
+        ...
 
 
 class QuantMethod(Protocol):
@@ -54,4 +73,8 @@ class QuantMethod(Protocol):
 
     def apply(self, layer: Any, x: Tensor) -> Tensor:
         """Return x @ W^T of `x` [..., in_features], without bias."""
+        ...
+
+    def look_up(self, layer: Any, ids_T: Tensor) -> Tensor:
+        """Return the rows `ids_T` of the weight, [T, in_features]: an embedding."""
         ...

@@ -4,4 +4,11 @@ from __future__ import annotations
 
 from slipstream.core.registry import Registry
 
-SCHEMES = Registry("quantization scheme", {"unquantized": "slipstream.quant.unquantized:Unquantized"})
+SCHEMES = Registry(
+    "quantization scheme",
+    {
+        "unquantized": "slipstream.quant.unquantized:Unquantized",
+        "gguf": "slipstream.quant.gguf:Gguf",
+        "int8": "slipstream.quant.int8:Int8",
+    },
+)

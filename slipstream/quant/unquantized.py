@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from slipstream.quant.base import QuantCapability, TensorSpec
 
@@ -14,7 +14,7 @@ from slipstream.quant.base import QuantCapability, TensorSpec
 class Unquantized:
     """Keeps `weight` [out, in] in the model's type."""
 
-    capability = QuantCapability()
+    capability = QuantCapability(plain_weights=True)
 
     def create(self, *, in_features: int, out_features: int, dtype: torch.dtype) -> dict[str, TensorSpec]:
         return {"weight": TensorSpec(shape=(out_features, in_features), dtype=dtype, out_dim=0, in_dim=1)}
@@ -24,3 +24,6 @@ class Unquantized:
 
     def apply(self, layer: Any, x: Tensor) -> Tensor:
         return linear(x, layer.weight)
+
+    def look_up(self, layer: Any, ids_T: Tensor) -> Tensor:
+        return embedding(ids_T, layer.weight)

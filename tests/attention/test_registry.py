@@ -8,7 +8,13 @@ import re
 import pytest
 
 from slipstream.attention.base import AttentionCapability
-from slipstream.attention.registry import BACKENDS, PREFERENCE, choose_backend, find_obstacle
+from slipstream.attention.registry import (
+    BACKENDS,
+    PREFERENCE,
+    DeviceFacts,
+    choose_backend,
+    find_obstacle,
+)
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import ConfigError
 
@@ -20,7 +26,8 @@ WINDOW = CacheGroup(layers=(1,), kind="window", heads=2, head_dim=64, window=8)
 def test_auto_gives_a_backend_and_its_reason(device: str) -> None:
     backend, reason = choose_backend("auto", device, [FULL, WINDOW])
     assert backend.capability.window
-    assert "'torch'" in reason and device.partition(":")[0] in reason
+    expected = {"cpu": "'cpu'", "cuda": "'triton'"}[device.partition(":")[0]]
+    assert expected in reason and device.partition(":")[0] in reason
 
 
 def test_a_name_is_used_or_refused() -> None:
@@ -55,3 +62,35 @@ def test_the_first_unmet_demand_is_named(capability: AttentionCapability, device
 
 def test_every_preferred_name_is_a_row() -> None:
     assert set(PREFERENCE) <= set(BACKENDS.names())
+
+
+H100 = DeviceFacts(device="cuda", sm=90, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "group", "match"),
+    [
+        ({"sm": 75}, FULL, r"compute capability 8\.0, and this GPU has 7\.5"),
+        ({"has_triton": False}, FULL, "needs triton, which is not installed"),
+        ({"dtype": "float8_e4m3fn"}, FULL, "bfloat16, float16, float32, not float8_e4m3fn"),
+        ({}, dataclasses.replace(FULL, head_dim=100), r"\[8, 16, ..., 256\], and this model has 100"),
+        ({"device": "cpu"}, FULL, "runs on cuda, not on cpu"),
+    ],
+)
+def test_the_gpu_backend_is_passed_over_or_refused_with_its_reason(changes, group, match) -> None:
+    facts = dataclasses.replace(H100, **changes)
+    is_served = facts.dtype != "float8_e4m3fn"
+    if is_served:
+        backend, reason = choose_backend("auto", facts, [group])
+        assert "'torch'" in reason
+        assert type(backend).__name__ == "TorchReference"
+        # What runs on another kind of device was never a candidate.
+        assert bool(re.search(match, reason)) == (facts.kind == "cuda")
+    with pytest.raises(ConfigError, match=match) as refused:
+        choose_backend("triton", facts, [group])
+    assert ("Use 'torch'" in str(refused.value)) == is_served
+
+
+def test_a_gpu_gets_its_own_backend() -> None:
+    backend, reason = choose_backend("auto", H100, [FULL, WINDOW])
+    assert "'triton'" in reason and backend.capability.graph

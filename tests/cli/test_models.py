@@ -32,8 +32,11 @@ def test_json_says_the_same(slipstream: Slipstream) -> None:
     assert found == inventory()
     assert [row["name"] for row in found["architectures"]] == ARCHITECTURES.names()
     assert {"name": "LlamaForCausalLM", "gguf_names": ["llama"]} in found["architectures"]
-    assert found["attention_backends"][0]["devices"]["cpu"] == {"usable": True, "reason": ""}
-    assert [row["name"] for row in found["quantization"]] == ["unquantized"]
+    assert next(row["devices"]["cpu"] for row in found["attention_backends"] if row["name"] == "torch") == {
+        "usable": True,
+        "reason": "",
+    }
+    assert [row["name"] for row in found["quantization"]] == ["gguf", "int8", "unquantized"]
 
 
 @dataclasses.dataclass(frozen=True)

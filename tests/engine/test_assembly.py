@@ -66,5 +66,6 @@ def test_loading_needs_little_more_than_the_weights(
     )
     assert done.returncode == 0, done.stderr
     weight_bytes, grown = map(int, done.stdout.split())
-    assert weight_bytes > 150_000_000
-    assert weight_bytes <= grown < 1.2 * weight_bytes
+    assert weight_bytes > (90_000_000 if source == "smollm2_path" else 150_000_000)
+    # A few chunks of 8 MB of float32, their codes, and the tokenizer that was made beside them.
+    assert weight_bytes <= grown < weight_bytes + max(0.2 * weight_bytes, 40_000_000)

@@ -49,7 +49,7 @@ def model(
 
 
 def started(name: str, path: Path) -> Iterator[tuple[str, LLM]]:
-    with LLM(path, max_batch_size=16, max_num_tokens=MAX_NUM_TOKENS) as llm:
+    with LLM(path, dtype="float32", max_batch_size=16, max_num_tokens=MAX_NUM_TOKENS) as llm:
         assert llm.startup.resolved.dtype == "float32"
         yield name, llm
 

@@ -29,6 +29,7 @@ from slipstream.checkpoint.opening import open_checkpoint
 from slipstream.models.loading import load_weights
 from slipstream.models.registry import model_class, read_config
 from slipstream.parallel.mesh import Mesh
+from slipstream.quant.base import QuantMethod
 from slipstream.quant.unquantized import Unquantized
 
 VOCAB = 128
@@ -161,12 +162,12 @@ def save(model: Any, folder: Path) -> Path:
     return folder
 
 
-def load(path: Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """Open, build and fill the model at `path`."""
+def load(path: Path, *, dtype: torch.dtype = torch.float32, quant: QuantMethod | None = None) -> Any:
+    """Open, build and fill the model at `path`; unquantised where no method is given."""
     checkpoint = open_checkpoint(path)
     cls = model_class(checkpoint)
     config = read_config(cls, checkpoint)
-    model = cls(config, mesh=Mesh(), quant=Unquantized(), dtype=dtype, device="cpu")
+    model = cls(config, mesh=Mesh(), quant=quant or Unquantized(), dtype=dtype, device="cpu")
     load_weights(model, checkpoint)
     checkpoint.close()
     return model

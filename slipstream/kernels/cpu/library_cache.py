@@ -26,7 +26,7 @@ _RECORD = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_.+-]+)\n")
 
 def cache_folder() -> Path:
     """Return a folder that only this user can write: the cache's, or a new one for this process alone."""
-    folder = env.cache_dir() / "cpu_kernels"
+    folder = env.kernel_cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if _is_private(folder) and os.access(folder, os.W_OK):

@@ -21,6 +21,7 @@ needs_compiler = pytest.mark.skipif(not find_compilers(), reason="no C++ compile
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SLIPSTREAM_KERNEL_CACHE", raising=False)
     monkeypatch.delenv("SLIPSTREAM_CPU_INSTRUCTIONS", raising=False)
     return tmp_path / "cache" / "cpu_kernels"
 

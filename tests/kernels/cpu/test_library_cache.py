@@ -14,6 +14,12 @@ from slipstream.kernels.cpu import library_cache
 NAME = "slipstream_cpu-0-avx2-k"
 
 
+@pytest.fixture(autouse=True)
+def no_kernel_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' own setting would hide the folder's usual place."""
+    monkeypatch.delenv("SLIPSTREAM_KERNEL_CACHE", raising=False)
+
+
 def keep(folder: Path, content: bytes = b"code", name: str = NAME) -> Path:
     return library_cache.add(
         folder, name, suffix=".so", build=lambda path: path.write_bytes(content) and None

@@ -1,0 +1,57 @@
+// C functions over block.h and pool.h. They return 0, or -1 for arguments that no kernel serves.
+#pragma once
+
+#include "block.h"
+
+#ifndef SS_EXPORT
+#ifdef _WIN32
+#define SS_EXPORT extern "C" __declspec(dllexport)
+#else
+#define SS_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+#endif
+
+namespace slipstream {
+
+inline bool is_served(const Block& block) {
+  return block.head_dim > 0 && block.head_dim % 8 == 0 && block.kv_heads > 0 &&
+         block.heads % block.kv_heads == 0;
+}
+
+}  // namespace slipstream
+
+SS_EXPORT void ss_set_threads(int32_t threads) { slipstream::pool().resize(threads < 1 ? 1 : threads); }
+
+SS_EXPORT int32_t ss_num_threads() { return slipstream::pool().size(); }
+
+// Bytes of scratch that a call with this many tokens needs, for the threads there are now.
+SS_EXPORT int64_t ss_block_scratch_bytes(const slipstream::Block* block, int64_t tokens, int64_t max_seq_len) {
+  return static_cast<int64_t>(
+      slipstream::lay_out(*block, tokens, max_seq_len, slipstream::pool().size(), nullptr, nullptr));
+}
+
+// Replaces x [tokens][hidden] by the block's output. `scratch` is aligned to 64 bytes.
+SS_EXPORT int32_t ss_decoder_block(const slipstream::Block* block, const slipstream::Step* step, float* x,
+                                   uint8_t* scratch) {
+  using namespace slipstream;
+  if (!is_served(*block)) return -1;
+  Workspace ws;
+  lay_out(*block, step->tokens, step->max_seq_len, pool().size(), scratch, &ws);
+  pool().run([&](int thread, int threads) { BlockRun(*block, *step, ws, x, thread, threads).run(); });
+  return 0;
+}
+
+// Stores k and v and attends, for q, k and v that are turned already: q [tokens][heads][head_dim], k and v
+// [tokens][kv_heads][head_dim], out like q. Only the block's attention fields are read.
+SS_EXPORT int32_t ss_attention(const slipstream::Block* block, const slipstream::Step* step, const float* q,
+                               const float* k, const float* v, float* out, uint8_t* scratch) {
+  using namespace slipstream;
+  if (!is_served(*block)) return -1;
+  Workspace ws;
+  lay_out(*block, step->tokens, step->max_seq_len, pool().size(), scratch, &ws);
+  ws.context = out;
+  pool().run([&](int thread, int threads) {
+    BlockRun(*block, *step, ws, nullptr, thread, threads).run_attention(q, k, v);
+  });
+  return 0;
+}

@@ -1,0 +1,121 @@
+"""What does the native call of a block look like from here? A record of its weights, and one function.
+
+Invariant: a record's addresses are of parameters that are kept beside it; the hidden state is replaced in
+place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from torch import Tensor
+
+from slipstream.core.batch import ForwardBatch
+from slipstream.kernels.cpu.block_records import ACTIVATIONS, Block
+from slipstream.kernels.cpu.library import library
+from slipstream.kernels.cpu.packed_matrix import Matrix
+from slipstream.layers.block_parts import BlockParts
+from slipstream.layers.linear import Linear
+from slipstream.layers.mlp import GatedMLP
+from slipstream.layers.norm import LayerNorm
+
+# Scratch follows the longest sequence in steps of so many tokens, not token by token.
+SEQ_LEN_STEP = 1024
+
+
+class NativeCall:
+    """One block as the CPU kernels run it. `num_calls` counts the steps that ran this way."""
+
+    def __init__(self, parts: BlockParts) -> None:
+        self._library = library()
+        self._kept: list[Any] = []
+        self._rotary = parts.attention.rotary
+        self._layer_idx = parts.attention.attention.spec.layer_idx
+        self._table: Tensor | None = None
+        self._reserved = (0, 0, 0)
+        self._record = self._fill(parts)
+        self._address = ctypes.addressof(self._record)
+        self.num_calls = 0
+
+    def run(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor:
+        """Replace `x_TD` [T, D] float32 by the block's output, and return it."""
+        plan = batch.attention_plan
+        step = plan.backend.native_step(batch)
+        table = self._rotary.table(plan.max_seq_len)
+        if table is not self._table:
+            self._table, self._record.rotary_table = table, table.data_ptr()
+        group, place = batch.layer_place[self._layer_idx]
+        self._record.group = group
+        self._record.place_offset = place * step.layer_strides[group]
+        self._reserve(step)
+        status = self._library.ss_decoder_block(
+            self._address, step.address, x_TD.data_ptr(), step.scratch.address
+        )
+        assert status == 0, "the backend's capability lets no other head size through"
+        self.num_calls += 1
+        return x_TD
+
+    def _reserve(self, step: Any) -> None:
+        """See to it that the engine's scratch is large enough; asks the library only where a step is new."""
+        size = (step.tokens, -(-step.max_seq_len // SEQ_LEN_STEP) * SEQ_LEN_STEP, step.scratch.address)
+        if size != self._reserved:
+            needed = self._library.ss_block_scratch_bytes(self._address, size[0], size[1])
+            step.scratch.reserve(needed)
+            self._reserved = (*size[:2], step.scratch.address)
+
+    def _fill(self, parts: BlockParts) -> Block:
+        attention, mlp = parts.attention, parts.mlp
+        spec = attention.attention.spec
+        record = Block(
+            hidden=attention.qkv.in_features,
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+            intermediate=mlp.down.in_features,
+            window=spec.window,
+            activation=ACTIVATIONS[mlp.activation_name],
+            is_gated=isinstance(mlp, GatedMLP),
+            is_parallel=parts.mlp_norm is None,
+            is_layer_norm=isinstance(parts.input_norm, LayerNorm),
+            is_interleaved=attention.rotary.interleaved,
+            norm_eps=parts.input_norm.eps,
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+        self._fill_linear(record, attention.qkv, {"q": "q", "k": "k", "v": "v"})
+        self._fill_linear(record, attention.output, {"": "output"})
+        if isinstance(mlp, GatedMLP):
+            self._fill_linear(record, mlp.gate_up, {"gate": "gate", "up": "up"})
+        else:
+            self._fill_linear(record, mlp.up, {"": "up"})
+        self._fill_linear(record, mlp.down, {"": "down"})
+        norms = {
+            "input_norm": parts.input_norm,
+            "q_norm": attention.q_norm,
+            "k_norm": attention.k_norm,
+            "post_attention_norm": parts.post_attention_norm,
+            "mlp_norm": parts.mlp_norm,
+            "post_mlp_norm": parts.post_mlp_norm,
+        }
+        for name, norm in norms.items():
+            if norm is not None:
+                setattr(record, name, self._keep(norm.weight))
+        if isinstance(parts.input_norm, LayerNorm):
+            record.input_norm_bias = self._keep(parts.input_norm.bias)
+        return record
+
+    def _fill_linear(self, record: Block, linear: Linear, fields: dict[str, str]) -> None:
+        """Fill in the matrix, and the bias where there is one, of each slot."""
+        weight: Any = linear.weight
+        for slot, field in fields.items():
+            matrix = weight.matrices[slot]
+            self._kept.append(matrix)
+            setattr(record, field, Matrix.from_buffer_copy(matrix.record))
+            if linear.bias is not None:
+                offset = weight.slots[slot].offset * linear.bias.element_size()
+                setattr(record, f"{field}_bias", self._keep(linear.bias) + offset)
+
+    def _keep(self, parameter: Tensor) -> int:
+        self._kept.append(parameter)
+        return parameter.data_ptr()
