@@ -87,6 +87,12 @@ def has_no_repeated_pair(output: RequestOutput) -> bool:
     return True
 
 
+def is_a_search(output: RequestOutput) -> bool:
+    """Best first; with the default length penalty the mean log-probability decides."""
+    means = [(sample.cumulative_logprob or 0.0) / len(sample.token_ids) for sample in output.outputs]
+    return all(mean < 0.0 for mean in means) and means == sorted(means, reverse=True)
+
+
 def has_logprobs(output: RequestOutput) -> bool:
     return all(len(sample.logprobs or []) == len(sample.token_ids) for sample in output.outputs)
 
@@ -140,7 +146,7 @@ REQUEST_OPTIONS = [
     request_option("logits_processor", ban, each_sample(lambda ids: BANNED not in ids)),
     request_option("truncate_prompt_tokens", 20, lambda output: len(output.prompt_token_ids) == 20),
     request_option("best_of", 2),
-    request_option("use_beam_search", True, beam_width=2),
+    request_option("use_beam_search", True, is_a_search, beam_width=2),
     request_option("guided_decoding", {"regex": "[ab]+"}),
     neutral("logprobs", 2, has_logprobs),
     neutral("prompt_logprobs", 2, has_prompt_logprobs),
@@ -191,12 +197,22 @@ ENGINE_OPTIONS = [
 
 # What need not be served yet. Once it is, it is held to everything else here, and leaves this set.
 MAY_BE_REFUSED = {
-    *("use_beam_search", "guided_decoding", "batch_invariant", "tensor_parallel_size"),
+    *("guided_decoding", "batch_invariant", "tensor_parallel_size"),
     *("speculative_config", "quant_config", "enable_lora", "EQUAL_PROGRESS", "dynamic_batch_config"),
     *("dtype", "host_cache_size", "max_attention_window", "copy_on_partial_reuse"),
 }
 # Pairs of served options that contradict each other, each refused with a sentence that names both.
-CONTRADICTIONS = {frozenset({"stop", "detokenize"})}
+CONTRADICTIONS = {
+    frozenset({"stop", "detokenize"}),
+    # A search ranks the model's own log-probabilities, and shows nothing before its end.
+    *(
+        frozenset({"use_beam_search", name})
+        for name in (
+            *("temperature", "top_p", "top_k", "min_p", "best_of", "stop", "logits_processor", "streaming"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
+        )
+    ),
+}
 Outcome = list[RequestOutput] | Exception
 
 

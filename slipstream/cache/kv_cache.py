@@ -93,6 +93,13 @@ class KvCache:
             ahead += max(0, bound)
         return ahead
 
+    def pages_of_fork(self, position: int, num_tokens: int) -> int:
+        """Return the most pages of its own that a fork at `position` holds until it has `num_tokens`."""
+        blocks = -(-num_tokens // self.block_tokens) - position // self.block_tokens
+        return sum(
+            min(blocks, self._window_blocks(window) + 2) if window else blocks for window in self._windows
+        )
+
     def _window_blocks(self, window: int) -> int:
         """Return how many whole blocks before a block border the next query of a window can see."""
         return -(-(window - 1) // self.block_tokens)
@@ -207,6 +214,38 @@ class KvCache:
         table.left = []
         copies = [(source, table.pages[group][len(hit.nodes)]) for group, source in enumerate(sources)]
         # A copy overwrites the whole page; zeroing it too would be two writes of one step, in no order.
+        self.pool.take_tainted(page for _, page in copies)
+        return copies + self.zeroing(grown)
+
+    def fork(
+        self, table: BlockTable, source: BlockTable, num_tokens: int, *, step_id: int
+    ) -> list[tuple[int, int]] | None:
+        """Fill an empty table with the first `num_tokens` of another, and room for one more.
+
+        Whole blocks are shared, the one begun is copied. All of it is computed by steps before `step_id`,
+        which makes the page copies returned; None, with nothing changed, where the pool is short.
+        """
+        count, begun = divmod(num_tokens, self.block_tokens)
+        shared = [pages[:count] for pages in source.pages]
+        sources = [pages[count] for pages in source.pages] if begun else []
+        held = [page for pages in (*shared, sources) for page in pages if page != NULL_PAGE]
+        for page in held:
+            self.pool.acquire(page)
+        table.pages = shared
+        table.first_live = list(source.first_live)
+        table.keys = source.keys[:count]
+        table.num_published = min(source.num_published, count)
+        table.num_reused = count
+        table.capacity = count * self.block_tokens
+        grown = self.extend(table, num_tokens + 1)
+        if grown is None:
+            self.pool.release(held, after_step=-1)
+            table.reset(len(self.groups))
+            return None
+        self.pool.release(sources, after_step=step_id)
+        table.copied = sources
+        table.left = []
+        copies = [(page, pages[0]) for page, pages in zip(sources, grown, strict=False)]
         self.pool.take_tainted(page for _, page in copies)
         return copies + self.zeroing(grown)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+MAX_BEAM_WIDTH = 64
+
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds that `Request.create` checks, resolved once at start.
@@ -16,6 +18,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_seq_len: int
     eos_token_ids: tuple[int, ...] = ()
     max_n: int = 1024
+    max_beam_width: int = MAX_BEAM_WIDTH
     max_logprobs: int = 64
     max_stop_strings: int = 64
     max_stop_length: int = 1024

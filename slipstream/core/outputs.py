@@ -17,8 +17,9 @@ class TokenEvent(msgspec.Struct, omit_defaults=True):
     """One element of an engine's event stream: new tokens of one sample of one request.
 
     `index` is the sample of n. `finish_reason` is None while the sample goes on; `stop_reason` is the stop
-    token id that ended it. `error` is (message, code). `extras` are (what, first position, values) of what
-    the request wanted beside tokens, in the order of `StepPlan.logits`.
+    token id that ended it. `cumulative_logprob` is set where an output comes whole. `error` is (message,
+    code). `extras` are (what, first position, values) of what the request wanted beside tokens, in the order
+    of `StepPlan.logits`.
     """
 
     request_id: str
@@ -28,6 +29,7 @@ class TokenEvent(msgspec.Struct, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    cumulative_logprob: float | None = None
     error: tuple[str, str] | None = None
     extras: list[Any] = []
 

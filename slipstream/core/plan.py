@@ -81,17 +81,27 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: list[tuple[int, float]]
 
 
+class Candidates(msgspec.Struct, frozen=True):
+    """How one row could go on: its leading allowed tokens in order, raw log-softmax, and rank among all."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
 class StepResult(msgspec.Struct, omit_defaults=True):
     """What a step produced. A failing row is an entry of `row_errors`, never an exception.
 
     `error_codes` names the kind of a row's error where it is not `numerical_error`. `extras[row]` are
     (what, first position, values) in the order of `StepPlan.logits`: `TokenLogprobs` or a float32 array.
+    `candidates` are of the rows whose `RowSampling.num_candidates` asks for them.
     """
 
     step_id: int
     tokens: dict[int, list[int]] = {}
     executed_tokens: int = 0
     logprobs: dict[int, list[TokenLogprobs]] = {}
+    candidates: dict[int, Candidates] = {}
     accepted_path: dict[int, list[int]] = {}
     extras: dict[int, Any] = {}
     kv_done: list[str] = []

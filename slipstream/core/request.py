@@ -14,6 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import msgspec
+
+from slipstream.core.beam_params import BeamParams, beam_params
 from slipstream.core.checks import (
     check_text,
     checked_ids,
@@ -57,10 +60,6 @@ FLAGS = (
 )
 # Known names that this version does not serve, with the value that means "not asked for".
 UNSERVED: dict[str, bool | int | None] = {
-    "use_beam_search": False,
-    "beam_width": None,
-    "length_penalty": None,
-    "early_stopping": None,
     "guided_decoding": None,
 }
 
@@ -82,7 +81,8 @@ class Request:
 
     `max_tokens` is never None. `stop_token_ids` are the ids that end the request, `stop` the strings. The
     noise of sample i at output position p is a function of (`seed`, i, p) alone. Lower `priority` runs
-    earlier. Of `num_samples`, the likeliest `num_returned` are shown. `deadline_s` is on the monotonic clock;
+    earlier. Of `num_samples`, the likeliest `num_returned` are shown; a beam search (`beams`) is one sequence
+    to the engine and yields all n outputs at its end. `deadline_s` is on the monotonic clock;
     `logits` names what the request wants beside tokens; `processors` are its callables, which never cross to
     another process. `kv_params` is opaque to everyone but a KV connector.
     """
@@ -101,6 +101,7 @@ class Request:
     cache_salt: str | None
     arrival_s: float
     num_returned: int = 1
+    beams: BeamParams | None = None
     priority: int = 0
     deadline_s: float | None = None
     kv_retention: KvCacheRetentionConfig | None = None
@@ -144,12 +145,17 @@ class Request:
         num_returned = integer(params.n, "n", 1, limits.max_n)
         arrival_s = time.monotonic() if arrival_s is None else arrival_s
         options = options or RequestOptions()
+        sampling = _row_sampling(params, limits, max_tokens, stop_ids, encode_bad)
+        beams = beam_params(params, sampling, limits)
+        if beams is not None:
+            sampling = _of_search(sampling, beams, len(stop_ids), limits)
         return cls(
             request_id=request_id,
             prompt_token_ids=ids,
             prompt=prompt,
             params=params,
-            sampling=_row_sampling(params, limits, max_tokens, stop_ids, encode_bad),
+            sampling=sampling,
+            beams=beams,
             max_tokens=max_tokens,
             stop_token_ids=stop_ids,
             stop=_stop_strings(params, limits),
@@ -169,9 +175,9 @@ class Request:
     def samples(self) -> list[Request]:
         """Return the n requests this one stands for; they share the prompt list and the seed.
 
-        The prompt's logits are the same for all, so only the first asks for them.
+        The prompt's logits are the same for all, so only the first asks for them. A search is one.
         """
-        if self.num_samples == 1:
+        if self.num_samples == 1 or self.beams is not None:
             return [self]
         own: tuple[LogitsKind, ...] = ("generation_logits",) if "generation_logits" in self.logits else ()
         return [
@@ -233,6 +239,18 @@ def _row_sampling(
         prompt_logprobs=_logprobs(params.prompt_logprobs, "prompt_logprobs", limits),
         has_processors=bool(processors(params.logits_processor)),
     )
+
+
+def _of_search(sampling: RowSampling, beams: BeamParams, num_stops: int, limits: Limits) -> RowSampling:
+    """Let each step bring what a search may pick: `width` tokens that go on, however many end beside them."""
+    if sampling.allowed_ids and len(sampling.allowed_ids) < beams.width:
+        raise refused(
+            "allowed_token_ids",
+            f"allows {len(sampling.allowed_ids)} tokens, and beam_width={beams.width} needs as many to start "
+            "from; allow more or lower beam_width",
+        )
+    count = min(beams.width + num_stops, limits.vocab_size)
+    return msgspec.structs.replace(sampling, num_candidates=count)
 
 
 def _temperature(params: SamplingParams, limits: Limits) -> float:

@@ -33,6 +33,12 @@ class SamplingParams:
     for the prompt; `return_context_logits` and `return_generation_logits` return float32 logits of every
     prompt and output position.
 
+    `use_beam_search` keeps the `beam_width` (n unless set) likeliest outputs at every step and returns the
+    best n, best first, with `cumulative_logprob`. They are ranked by that sum over length ** `length_penalty`
+    (1.0 unless set); `early_stopping` (False unless set) is as in transformers, True, False or "never", or
+    TensorRT-LLM's number. Masks of tokens apply; what would change log-probabilities is refused beside it,
+    and so are stop strings and streaming.
+
     A logits processor is called with the model's logits of one position (float32, on the engine's device,
     before bias, penalties and masks) and the ids so far. How it is called follows from its parameters:
     `(token_ids, logits)` with the generated ids, or `(prompt_token_ids, token_ids, logits)`, and it returns
@@ -47,7 +53,7 @@ class SamplingParams:
     use_beam_search: bool = False
     beam_width: int | None = None
     length_penalty: float | None = None
-    early_stopping: bool | str | None = None
+    early_stopping: bool | int | str | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -86,6 +92,7 @@ class RowSampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     `min_tokens` tokens are generated, every id of `stop_ids` is masked. Nonempty `allowed_ids` mask all
     others; the last id of a bad sequence is masked where the output ends with those before it. `logprobs` and
     `prompt_logprobs` -1 mean none. `has_processors` says that callables beside the plan change the logits.
+    `num_candidates` above 0 brings that many leading allowed tokens of each step, for a search over them.
     """
 
     temperature: float = 0.0
@@ -105,6 +112,7 @@ class RowSampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     logprobs: int = -1
     prompt_logprobs: int = -1
     has_processors: bool = False
+    num_candidates: int = 0
 
     @property
     def is_greedy(self) -> bool:

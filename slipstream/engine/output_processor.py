@@ -67,6 +67,7 @@ class Sample:
 
     def take(self, event: TokenEvent) -> bool:
         """Add an event's tokens; True where a stop string ended the sample before the engine did."""
+        logits = [values for what, _, values in event.extras if what == "generation_logits"]
         is_stop_token = event.finish_reason == "stop" and event.stop_reason is not None
         last = len(event.new_token_ids) - 1
         for position, token in enumerate(event.new_token_ids):
@@ -74,12 +75,14 @@ class Sample:
             if event.logprobs:
                 self._take_logprobs(event.logprobs[position])
             if self._logits is not None:
-                self._logits += [values for what, _, values in event.extras if what == "generation_logits"]
+                self._logits.append(logits[position])
             is_hidden = is_stop_token and position == last and not self._include_stop
             stop = None if is_hidden else self._take_text(token)
             if stop is not None:
                 self.output.finish_reason, self.output.stop_reason = "stop", stop
                 return event.finish_reason is None
+        if event.cumulative_logprob is not None:
+            self.output.cumulative_logprob = event.cumulative_logprob
         if event.finish_reason is not None:
             self.finish(event.finish_reason, event.stop_reason)
         return False
@@ -217,6 +220,12 @@ class OutputProcessor:
             raise RequestError(
                 f"Request id {request.request_id!r} is in use; ids must be unique while they run.",
                 param="request_id",
+            )
+        if streams and request.beams is not None:
+            raise RequestError(
+                "streaming does not combine with use_beam_search: no output is certain before the end; leave "
+                "streaming off, or use sampling.",
+                param="use_beam_search",
             )
         self._pending[request.request_id] = Pending(
             request, self._tokenizer, listener, streams=streams, interval=self._interval

@@ -17,13 +17,20 @@ class RowAllocation:
         self.decoding: dict[int, Sequence] = {}
         self._free = list(range(num_rows - 1, -1, -1))
         self._removed: list[int] = []
+        self.num_rows = num_rows
+        # Rows kept back for sequences that running ones may still split into.
+        self.num_reserved = 0
 
     def __len__(self) -> int:
         return len(self.decoding) + len(self.prefilling)
 
     @property
     def has_free(self) -> bool:
-        return bool(self._free)
+        return len(self._free) > self.num_reserved
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free) - self.num_reserved
 
     def running(self) -> list[Sequence]:
         return [*self.decoding.values(), *self.prefilling]
@@ -45,6 +52,12 @@ class RowAllocation:
 
     def begin_decoding(self, sequence: Sequence) -> None:
         self.prefilling.remove(sequence)
+        self.decoding[sequence.row] = sequence
+
+    def start_fork(self, sequence: Sequence) -> None:
+        """Give a fork one of the rows that were kept back for it; it decodes at once."""
+        sequence.row = self._free.pop()
+        self.num_reserved -= 1
         self.decoding[sequence.row] = sequence
 
     def leave(self, sequence: Sequence) -> None:

@@ -277,6 +277,8 @@ class Runner:
         for row, processed in handle.processed.items():
             processed.tokens += result.tokens[row]
         result.logprobs = _logprobs(handle.sampled, plan.sample)
+        continuations = handle.sampled.continuations_by_row()
+        result.candidates = {plan.sample[idx]: found for idx, found in continuations.items()}
         return result
 
 

@@ -10,7 +10,6 @@ computed wait for it.
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 from collections import deque
 from typing import Any
@@ -22,32 +21,16 @@ from slipstream.core.outputs import FinishReason, TokenEvent
 from slipstream.core.plan import Span, StepPlan, StepResult
 from slipstream.core.request import Request
 from slipstream.engine.admission import POLICIES, MaxUtilization
+from slipstream.engine.beams import Beams, new_table, outcomes
 from slipstream.engine.row_allocation import RowAllocation
-from slipstream.engine.sequence import Sequence, State
+from slipstream.engine.scheduler_stats import SchedulerStats
+from slipstream.engine.sequence import BeamGroup, Sequence, State
 from slipstream.engine.waiting_queue import WaitingQueue
 
 # Requests that may be parked per row: a plan looks at no more of the queue, however many share a prefix.
 MAX_PARKED_PER_ROW = 4
 # Deadlines of ended requests are forgotten once there are more of them than this and than running ones.
 MIN_DEADLINES = 64
-
-
-@dataclasses.dataclass(slots=True)
-class SchedulerStats:
-    """Counters since the start; none of them can be derived from the output."""
-
-    num_plans: int = 0
-    num_admissions: int = 0
-    num_preemptions: int = 0
-    num_chunks: int = 0
-    num_cached_tokens: int = 0
-    num_copied_blocks: int = 0
-    num_parked: int = 0
-    num_short_rows: int = 0
-    num_rewound: int = 0
-    num_planned_tokens: int = 0
-    executed_tokens: int = 0
-    max_outstanding: int = 0
 
 
 class Scheduler:
@@ -69,8 +52,9 @@ class Scheduler:
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._queue = WaitingQueue(max_parked=MAX_PARKED_PER_ROW * max_batch_size)
         self._rows = RowAllocation(max_batch_size)
+        self._beams = Beams(cache, self._rows)
         self._admission: MaxUtilization = POLICIES.get(policy)(
-            cache, self._rows, max_num_tokens=max_num_tokens
+            cache, self._rows, max_num_tokens=max_num_tokens, enable_chunked_prefill=enable_chunked_prefill
         )
         self._deadlines: list[tuple[float, tuple[int, int], Sequence]] = []
         self._outstanding: deque[tuple[int, list[tuple[int, Sequence, int]]]] = deque()
@@ -100,7 +84,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue every sample of a request; raises RequestError where it can never fit."""
-        self._check_fits(request)
+        self._admission.check_fits(request)
         for sample in request.samples():
             key = (sample.request_id, sample.sample_idx)
             if key in self._sequences:
@@ -108,12 +92,9 @@ class Scheduler:
                     f"Request id {request.request_id!r} is in use; ids must be unique while they run.",
                     param="request_id",
                 )
-            table = self.cache.new_table(
-                salt=sample.cache_salt,
-                retention=sample.kv_retention,
-                num_prompt=len(sample.prompt_token_ids),
-            )
-            sequence = Sequence(sample, (sample.priority, self._next_arrival), table)
+            sequence = Sequence(sample, (sample.priority, self._next_arrival), new_table(self.cache, sample))
+            if sample.beams is not None:
+                sequence.group = BeamGroup(sequence, sample.beams.width)
             self._next_arrival += 1
             self._sequences[key] = sequence
             self._queue.push(sequence)
@@ -127,27 +108,6 @@ class Scheduler:
             self._deadlines = [entry for entry in self._deadlines if entry[2].state is not State.FINISHED]
             heapq.heapify(self._deadlines)
 
-    def _check_fits(self, request: Request) -> None:
-        num_prompt = len(request.prompt_token_ids)
-        total = num_prompt + request.max_tokens
-        needed = self.cache.pages_for(total, max_span=self._max_num_tokens)
-        usable = self.cache.pool.num_usable
-        if needed > usable:
-            raise RequestError(
-                f"The request needs {needed} cache pages ({num_prompt} prompt tokens + {request.max_tokens} "
-                f"to generate), the cache has {usable}; shorten it, lower max_tokens, or start the engine "
-                "with a larger KvCacheConfig(max_tokens=...).",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        if not self._enable_chunked_prefill and num_prompt > self._max_num_tokens:
-            raise RequestError(
-                f"The prompt has {num_prompt} tokens and a step runs at most {self._max_num_tokens} while "
-                "chunked prefill is off; raise max_num_tokens or leave enable_chunked_prefill on.",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-
     def abort(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
         """End a request (or its sample `index`) now, wherever it is; unknown or finished ids are ignored."""
         events: list[TokenEvent] = []
@@ -155,8 +115,7 @@ class Scheduler:
         for sample_idx in indices:
             sequence = self._sequences.get((request_id, sample_idx))
             if sequence is not None:
-                self._finish(sequence)
-                events.append(_event(sequence, finish_reason="cancelled"))
+                events += self._end(sequence, "cancelled")
         return events
 
     def expire(self, now_s: float) -> list[TokenEvent]:
@@ -165,8 +124,7 @@ class Scheduler:
         while self._deadlines and self._deadlines[0][0] <= now_s:
             sequence = heapq.heappop(self._deadlines)[2]
             if sequence.state is not State.FINISHED:
-                self._finish(sequence)
-                events.append(_event(sequence, finish_reason="timeout"))
+                events += self._end(sequence, "timeout")
         return events
 
     def drain_kv_events(self) -> list[Event]:
@@ -189,6 +147,7 @@ class Scheduler:
         entries: list[tuple[int, Sequence, int]] = []
         self._is_short = False
         self._plan_decodes(plan, entries)
+        self._plan_beams(plan, entries)
         budget = self._max_num_tokens - len(plan.spans)
         num_decodes = len(plan.spans)
         budget = self._plan_chunks(plan, entries, budget)
@@ -241,7 +200,7 @@ class Scheduler:
             return True
         grown = None if self._is_short else self.cache.extend(table, num_tokens)
         if grown is None:
-            self._make_room(sequence)
+            self._make_room()
             return False
         plan.copies += self.cache.zeroing(grown)
         for group, pages in enumerate(grown):
@@ -249,7 +208,18 @@ class Scheduler:
                 plan.new_blocks.setdefault(group, []).append((sequence.row, pages))
         return True
 
-    def _make_room(self, sequence: Sequence) -> None:
+    def _plan_beams(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]]) -> None:
+        """Give all beams of each search one token, or none of them where the pool is short."""
+        for group in self._beams.ready():
+            if group.root.state is not State.RUNNING:
+                continue
+            needed = self._beams.pages_missing(group)
+            if needed and (self._is_short or needed > self.cache.pool.num_free):
+                self._make_room()
+            else:
+                self.stats.num_copied_blocks += self._beams.plan(plan, entries, group)
+
+    def _make_room(self) -> None:
         """Preempt the last in order, unless pages are already on their way back."""
         self.stats.num_short_rows += 1
         is_first, self._is_short = not self._is_short, True
@@ -270,7 +240,7 @@ class Scheduler:
                 room += self.cache.num_free_tokens
             chunk = min(budget, sequence.prefill_end - start, room)
             if chunk <= 0:
-                self._make_room(sequence)
+                self._make_room()
             elif self._extend(plan, sequence, start + chunk):
                 self._plan_chunk(plan, entries, sequence, chunk)
                 budget -= chunk
@@ -311,7 +281,7 @@ class Scheduler:
             sequence = self._queue.head()
             if sequence is None or sequence.last_step > self._last_committed:
                 break
-            if not self._admission.may_look(sequence):
+            if sequence.num_rows > self._rows.num_free or not self._admission.may_look(sequence):
                 break
             hit = self._lookup(sequence, plan.step_id)
             if self._queue.park_head(hit.wanted):
@@ -361,6 +331,8 @@ class Scheduler:
 
     def _start(self, plan: StepPlan, sequence: Sequence, cached: int) -> None:
         self._rows.start(sequence)
+        if sequence.group is not None:
+            self._beams.start(sequence.group)
         sequence.admission = self.stats.num_admissions
         sequence.state = State.RUNNING
         sequence.num_scheduled = sequence.num_computed = cached
@@ -371,14 +343,20 @@ class Scheduler:
         self.stats.num_admissions += 1
 
     def _leave(self, sequence: Sequence) -> None:
-        """Take a running sequence off its row; the next plan tells the runner."""
-        self._rows.leave(sequence)
-        self.cache.release(sequence.table, after_step=sequence.last_step)
-        self._queue.break_promises(sequence)
+        """Take a running sequence, a search as a whole, off its rows; the next plan tells the runner."""
+        for member in self._beams.leaving(sequence):
+            self._rows.leave(member)
+            self.cache.release(member.table, after_step=member.last_step)
+            self._queue.break_promises(member)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Send a running sequence back to the queue; its tokens in flight still commit."""
+        """Send a running sequence back to the queue; its tokens in flight still commit.
+
+        A search starts anew instead: what it would resume are many sequences, and it ends the same.
+        """
         self._leave(sequence)
+        if sequence.group is not None:
+            sequence = self._beams.restart(sequence.group)
         sequence.state = State.WAITING
         sequence.num_scheduled = sequence.num_computed = 0
         sequence.num_preemptions += 1
@@ -386,15 +364,28 @@ class Scheduler:
         self._queue.push(sequence)
 
     def _finish(self, sequence: Sequence, *, keep: bool = True) -> None:
-        """End a sequence for good; `keep` what it computed findable."""
+        """End a sequence, a search as a whole, for good; `keep` what it computed findable."""
+        members = [sequence]
+        if sequence.group is not None:
+            sequence, members = sequence.group.root, sequence.group.placed
         if sequence.state is State.RUNNING:
-            if keep:
-                self._publish_rest(sequence)
+            for member in members if keep else ():
+                self._publish_rest(member)
             self._leave(sequence)
         else:
             self._queue.forget()
-        sequence.state = State.FINISHED
+        for ended in (sequence, *members):
+            ended.state = State.FINISHED
         del self._sequences[(sequence.request.request_id, sequence.request.sample_idx)]
+
+    def _end(self, sequence: Sequence, reason: FinishReason, *, keep: bool = True) -> list[TokenEvent]:
+        """End a sequence before its time; returns what is left to say of it."""
+        if sequence.group is not None:
+            events = outcomes(sequence.group, reason)
+        else:
+            events = [_event(sequence, finish_reason=reason)]
+        self._finish(sequence, keep=keep)
+        return events
 
     def _publish_rest(self, sequence: Sequence) -> None:
         known = min(len(sequence.tokens), sequence.num_scheduled)
@@ -415,6 +406,7 @@ class Scheduler:
             self._fail_rows(result, entries, events)
         tokens, logprobs = result.tokens, result.logprobs
         finished = State.FINISHED
+        searches: dict[BeamGroup, None] = {}
         for row, sequence, end in entries:
             if sequence.state is finished:
                 continue
@@ -425,6 +417,11 @@ class Scheduler:
                 # What a rewound step computed from bad pages is computed again.
                 if row in result.extras and step_id > sequence.discard_through:
                     self._commit_extras(sequence, result.extras[row], end, events)
+                continue
+            if sequence.group is not None:
+                self._commit_extras(sequence, result.extras.get(row, ()), end, events)
+                if step_id > sequence.group.discard_through:
+                    searches[sequence.group] = None
                 continue
             sequence.num_in_flight -= 1
             if not ids:
@@ -441,10 +438,21 @@ class Scheduler:
             elif len(sequence.tokens) >= sequence.max_len:
                 self._stop(sequence, event, "length", None)
             events.append(event)
+        for group in searches:
+            last = self._beams.commit(group, result)
+            if last:
+                self._finish(group.root)
+            events += last
         return events
 
     def _commit_extras(self, sequence: Sequence, extras: Any, end: int, events: list[TokenEvent]) -> None:
-        """Pass on what a step without a token brought; a request that samples none ends with its prompt."""
+        """Pass on what a step without a token brought; a request that samples none ends with its prompt.
+
+        Logits of generated tokens wait until a search knows whose they are.
+        """
+        extras = [extra for extra in extras if extra[0] != "generation_logits"]
+        if not extras:
+            return
         event = TokenEvent(sequence.request.request_id, sequence.request.sample_idx, extras=extras)
         if not sequence.request.max_tokens and end == sequence.prefill_end:
             self._stop(sequence, event, "length", None)
@@ -477,10 +485,10 @@ class Scheduler:
             is_sound = code != "numerical_error"
             bad: set[int] = set() if is_sound else self.cache.condemn(sequence.table)
             if sequence.state is not State.FINISHED:
-                event = _event(sequence, finish_reason="error")
-                event.error = (message, code)
-                self._finish(sequence, keep=is_sound)
-                events.append(event)
+                last = self._end(sequence, "error", keep=is_sound)
+                for event in last:
+                    event.error = (message, code)
+                events += last
             self._rewind_readers(bad, entries)
 
     def _rewind_readers(self, bad: set[int], entries: list[tuple[int, Sequence, int]]) -> None:

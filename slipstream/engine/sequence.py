@@ -7,12 +7,47 @@ import enum
 from slipstream.cache.block_table import BlockTable
 from slipstream.core.plan import LogitsKind, RequestInit
 from slipstream.core.request import Request
+from slipstream.engine.beam_search import BeamSearch
 
 
 class State(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+class BeamGroup:
+    """The sequences of one beam search.
+
+    `root` runs the prompt and stands for all of them wherever a request is one thing: in the queue, at its
+    deadline, when it ends. `beams` carry the live hypotheses in their order, the root among them or not;
+    `forks` are (beam without a row yet, beam it splits from), for the next plan. While `is_in_flight`, a
+    planned step of theirs is not committed; results of steps up to `discard_through` are of an earlier try.
+    """
+
+    __slots__ = ("beams", "discard_through", "forks", "is_in_flight", "root", "search", "width")
+
+    def __init__(self, root: Sequence, width: int) -> None:
+        self.root = root
+        self.width = width
+        self.discard_through = -1
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the search anew from the prompt."""
+        request = self.root.request
+        assert request.beams is not None
+        self.search = BeamSearch(
+            request.beams, max_tokens=request.max_tokens, stop_ids=request.stop_token_ids
+        )
+        self.beams: list[Sequence] = [self.root]
+        self.forks: list[tuple[Sequence, Sequence]] = []
+        self.is_in_flight = False
+
+    @property
+    def placed(self) -> list[Sequence]:
+        """Beams that have a row."""
+        return [beam for beam in self.beams if beam.row >= 0]
 
 
 class Sequence:
@@ -22,12 +57,14 @@ class Sequence:
     planned steps, `num_computed` by committed ones; `num_in_flight` sampled tokens are not known here yet.
     `prefill_end` is where the prompt (after a preemption: everything known) ends, `last_decode_start` the
     last position whose successor may still be sampled. `order` is (priority, arrival), kept for
-    life; `admission` counts admissions: a sequence reuses only what an earlier admission computes.
+    life; `admission` counts admissions: a sequence reuses only what an earlier admission computes. `group` is
+    the beam search it belongs to.
     """
 
     __slots__ = (
         "admission",
         "discard_through",
+        "group",
         "last_decode_start",
         "last_step",
         "max_len",
@@ -75,6 +112,15 @@ class Sequence:
         self.wants_generation_logits = "generation_logits" in request.logits
         self.wants_prompt_logits = bool(request.logits) and request.logits != ("generation_logits",)
         self.num_prompt_logits = 0
+        self.group: BeamGroup | None = None
+        if request.beams is not None:
+            # Beams step together or not at all: the loop over decoding rows passes them over.
+            self.last_decode_start = -1
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows it may come to need."""
+        return 1 if self.group is None else self.group.width
 
     @property
     def num_output(self) -> int:

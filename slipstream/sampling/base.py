@@ -12,7 +12,8 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from slipstream.core.plan import TokenLogprobs
+from slipstream.core.plan import Candidates, TokenLogprobs
+from slipstream.sampling.continuations import unpack_continuations
 
 OK: Final = 0
 BAD_LOGITS: Final = 1  # NaN or +Inf came out of the model
@@ -64,6 +65,18 @@ class PackedLogprobs:
 
 
 @dataclasses.dataclass(slots=True)
+class PackedContinuations:
+    """Continuations of rows of a search in one float64 tensor [C, 3K], packed by `pack_continuations`.
+
+    `place[i]` is the packed row of batch row i, `count[i]` how many it asked for.
+    """
+
+    packed: Tensor
+    place: dict[int, int]
+    count: dict[int, int]
+
+
+@dataclasses.dataclass(slots=True)
 class SampleOutput:
     """One token per row, in the order of the rows sampled: int64 `token_ids_R`, int8 `status_R` (see above).
 
@@ -74,6 +87,7 @@ class SampleOutput:
     token_ids_R: Tensor
     status_R: Tensor
     logprobs: PackedLogprobs | None = None
+    continuations: PackedContinuations | None = None
     _copies: list[HostCopy] = dataclasses.field(default_factory=list[HostCopy])
     _lines: list[list[float]] = dataclasses.field(default_factory=list[list[float]])
 
@@ -82,6 +96,8 @@ class SampleOutput:
             tensors = [self.token_ids_R, self.status_R]
             if self.logprobs is not None:
                 tensors.append(self.logprobs.packed)
+            if self.continuations is not None:
+                tensors.append(self.continuations.packed)
             self._copies = [HostCopy(t) for t in tensors]
 
     def tokens(self) -> list[int]:
@@ -101,6 +117,15 @@ class SampleOutput:
             self.start_copy()
             self._lines = self._copies[2].numbers()
         return unpack_logprobs(self._lines[table.place[i]], table.num_top[i])
+
+    def continuations_by_row(self) -> dict[int, Candidates]:
+        """Return how the batch rows that ask could go on; empty where none asks."""
+        table = self.continuations
+        if table is None:
+            return {}
+        self.start_copy()
+        lines = self._copies[-1].numbers()
+        return {i: unpack_continuations(lines[place], table.count[i]) for i, place in table.place.items()}
 
 
 def unpack_logprobs(line: list[float], num_top: int) -> TokenLogprobs | None:

@@ -3,7 +3,7 @@
 Invariant: a batch reads host knowledge only (parameters), never a token or a length; it is valid until a row
 of the sampler is removed, or outgrows `min_tokens`. Index tensors are batch-local (0..R-1) unless
 named `rows`. Shapes: R rows of the batch, N random rows (ordered by group), P rows with penalties, E sparse
-edits, A rows with allowed ids.
+edits, A rows with allowed ids, C rows of a search.
 """
 
 from __future__ import annotations
@@ -82,9 +82,11 @@ class Batch:
         self.rows_R = to_device(self.rows, torch.int64, device)
         self.pending = [row for row in rows if row in pending]
         self.num_top = {i: s.logprobs for i, s in enumerate(asked) if s.logprobs >= 0}
+        self.num_candidates = {i: s.num_candidates for i, s in enumerate(asked) if s.num_candidates}
         self._table = table
         self._device = device
         self.logprobs_L = self._index(list(self.num_top))
+        self.searched_C = self._index(list(self.num_candidates))
         self.groups = self._grouped(asked)
         self.penalised = self._penalised([i for i, s in enumerate(asked) if s.has_penalties])
         bias = [(i * vocab_size + t, b) for i, s in enumerate(asked) for t, b in s.logit_bias]
@@ -101,7 +103,9 @@ class Batch:
         self.has_edits = bool(
             bias or early or self.penalised or self.allowed or bad or self.ngrams or self.sequences
         )
-        self.is_plain_greedy = not (self.groups or self.has_edits or self.num_top or self.pending)
+        self.is_plain_greedy = not (
+            self.groups or self.has_edits or self.num_top or self.num_candidates or self.pending
+        )
         self._noise: Tensor = torch.empty(0, 0)
         self._column = 0
 

@@ -9,7 +9,8 @@ and top-p.
 
 Invariant: `sample` needs no token, length or count from the host and never waits for the device, so a step
 may be launched before the last one is known; a row's result does not depend on its neighbours.
-Shapes: R rows of the step, V vocabulary, N, P, L rows of it that are random, penalised, want logprobs.
+Shapes: R rows of the step, V vocabulary, N, P, L, C rows of it that are random, penalised, want logprobs,
+belong to a search.
 """
 
 from __future__ import annotations
@@ -20,9 +21,17 @@ import torch
 from torch import Tensor
 
 from slipstream.core.sampling_params import RowSampling
-from slipstream.sampling.base import ALL_MASKED, BAD_LOGITS, OK, PackedLogprobs, SampleOutput
+from slipstream.sampling.base import (
+    ALL_MASKED,
+    BAD_LOGITS,
+    OK,
+    PackedContinuations,
+    PackedLogprobs,
+    SampleOutput,
+)
 from slipstream.sampling.batch import Batch, Group
 from slipstream.sampling.candidates import greatest
+from slipstream.sampling.continuations import pack_continuations
 from slipstream.sampling.filters import draw_full, draw_top_k, draw_top_p
 from slipstream.sampling.history import TokenHistory, mask_completions, mask_repeats
 from slipstream.sampling.logprobs import pack_logprobs
@@ -110,6 +119,7 @@ class Sampler:
         logits_RV = logits_RV.contiguous()
         raw_max, token_ids = greatest(logits_RV)
         raw_LV = self._raw(logits_RV, batch, is_overwritten=has_edits)
+        searched_CV = logits_RV.index_select(0, batch.searched_C) if batch.num_candidates else None
         status = _status(raw_max)
         if edit is not None:
             edit(logits_RV)
@@ -118,6 +128,7 @@ class Sampler:
             self._mask(logits_RV, batch, masks)
             edited_max, token_ids = greatest(logits_RV)
             status = torch.where(status != OK, status, _status(edited_max))
+        continuations = _continuations(searched_CV, logits_RV, batch)
         if batch.groups:
             noise = batch.uniform(self._philox)
             for group in batch.groups:
@@ -125,7 +136,7 @@ class Sampler:
                 token_ids = token_ids.index_copy(0, group.index_N, drawn)
         token_ids = token_ids.masked_fill(status != OK, 0)
         self._count(batch, token_ids)
-        return SampleOutput(token_ids, status, _packed(raw_LV, batch, token_ids, status))
+        return SampleOutput(token_ids, status, _packed(raw_LV, batch, token_ids, status), continuations)
 
     def _greedy(self, logits_RV: Tensor) -> SampleOutput:
         """Nothing but a maximum. Lengths stay as they are: no row here reads its own."""
@@ -238,3 +249,17 @@ def _packed(raw_LV: Tensor | None, batch: Batch, token_ids: Tensor, status: Tens
     )
     place = {i: place for place, i in enumerate(batch.num_top)}
     return PackedLogprobs(packed, place, batch.num_top)
+
+
+def _continuations(searched_CV: Tensor | None, logits_RV: Tensor, batch: Batch) -> PackedContinuations | None:
+    """Pack how the rows of a search could go on, once their masks stand in `logits_RV`."""
+    if searched_CV is None:
+        return None
+    packed = pack_continuations(
+        searched_CV,
+        logits_RV.index_select(0, batch.searched_C),
+        count=max(batch.num_candidates.values()),
+        with_ranks=any(i in batch.num_top for i in batch.num_candidates),
+    )
+    place = {i: place for place, i in enumerate(batch.num_candidates)}
+    return PackedContinuations(packed, place, batch.num_candidates)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slipstream.core import beam_params
 from slipstream.core import request as request_module
 from slipstream.core.errors import RequestError
 from slipstream.core.kv_retention import KvCacheRetentionConfig
@@ -246,10 +247,6 @@ def test_a_tiny_temperature_is_refused_with_advice():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_beam_search", True),
-        ("beam_width", 2),
-        ("length_penalty", 1.0),
-        ("early_stopping", False),
         ("guided_decoding", np.zeros(2)),
     ],
     ids=short,
@@ -262,7 +259,7 @@ def test_what_is_not_served_is_refused_not_ignored(name, value):
 
 def test_every_field_is_either_read_or_refused():
     """A field added to SamplingParams has to be handled in core/request.py."""
-    source = inspect.getsource(request_module)
+    source = inspect.getsource(request_module) + inspect.getsource(beam_params)
     for field in dataclasses.fields(SamplingParams):
         is_read = f"params.{field.name}" in source or field.name in request_module.FLAGS
         assert is_read or field.name in request_module.UNSERVED, field.name

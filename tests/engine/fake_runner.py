@@ -18,9 +18,19 @@ from slipstream.cache.kv_cache import KvCache
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.limits import Limits
 from slipstream.core.outputs import TokenEvent
-from slipstream.core.plan import RequestInit, Span, StepPlan, StepResult, decode_plan, decode_result, encode
+from slipstream.core.plan import (
+    Candidates,
+    RequestInit,
+    Span,
+    StepPlan,
+    StepResult,
+    decode_plan,
+    decode_result,
+    encode,
+)
 from slipstream.core.request import Request, RequestOptions
 from slipstream.core.sampling_params import SamplingParams
+from slipstream.engine.beam_search import BeamSearch
 from slipstream.engine.scheduler import Scheduler
 
 Key = tuple[str, int]  # request id, sample index
@@ -60,6 +70,41 @@ def lone_output(request: Request, *, end: int | None = None) -> list[int]:
     return output
 
 
+def candidates_after(history: int, count: int) -> Candidates:
+    """Return distinct tokens, EOS among them one time in four, with falling log-probabilities."""
+    tokens: list[int] = [EOS] if extend_history(history, 99) % 4 == 0 else []
+    logprobs: list[float] = []
+    mixed = history
+    while len(tokens) < count:
+        mixed = extend_history(mixed, 7)
+        # A vocabulary this small makes hypotheses meet and part again.
+        token = FIRST_TOKEN + mixed % (3 * count)
+        if token not in tokens:
+            tokens.append(token)
+    for _ in tokens:
+        mixed = extend_history(mixed, 5)
+        logprobs.append((logprobs[-1] if logprobs else 0.0) - (1 + mixed % 997) / 500)
+    place = mixed % count
+    tokens[0], tokens[place] = tokens[place], tokens[0]
+    return Candidates(tokens, logprobs, list(range(1, count + 1)))
+
+
+def lone_search(request: Request) -> list[list[int]]:
+    """Return what a beam search yields with the device to itself, without rows and pages."""
+    assert request.beams is not None
+    search = BeamSearch(request.beams, max_tokens=request.max_tokens, stop_ids=request.stop_token_ids)
+    history = 0
+    for token in request.prompt_token_ids:
+        history = extend_history(history, token)
+    histories = [history]
+    while not search.is_done:
+        found = [candidates_after(one, request.sampling.num_candidates) for one in histories]
+        parents = search.advance(found, [None] * len(found))
+        pairs = zip(parents, search.live, strict=True)
+        histories = [extend_history(histories[parent], one.token) for parent, one in pairs]
+    return [[step.token for step in one.path()] for one in search.best(request.num_returned)]
+
+
 class Row:
     """One persistent row: token buffer, block tables, device length."""
 
@@ -90,6 +135,7 @@ class Step:
     plan: StepPlan
     named: set[int]
     tokens: dict[int, list[int]] = dataclasses.field(default_factory=dict[int, list[int]])
+    candidates: dict[int, Candidates] = dataclasses.field(default_factory=dict[int, Candidates])
     errors: dict[int, str] = dataclasses.field(default_factory=dict[int, str])
     kv_failed: list[int] = dataclasses.field(default_factory=list[int])
     is_sampled: bool = False
@@ -127,7 +173,7 @@ class FakeRunner:
         self.plans.append(plan)
         new = self._apply_rows(plan)
         for row, start, ids in plan.tokens:
-            assert [slot[1] for slot in self.rows[row].slots[start:]] == ids, "only known tokens are resent"
+            self._overwrite(self.rows[row], start, ids)
         self._copy(plan.copies, new)
         step = Step(plan, {page for copy in plan.copies for page in copy} - {0})
         self._forward(step)
@@ -145,8 +191,18 @@ class FakeRunner:
             assert number in spans and row.num_computed == len(row.slots), "sampled before its last token ran"
             is_end = self.ends.get(row.key) == row.num_output
             token = EOS if is_end else sampled_token(row.history, row.init.seed, row.init.sample_idx)
+            if row.init.sampling.num_candidates:
+                step.candidates[number] = candidates_after(row.history, row.init.sampling.num_candidates)
             step.tokens[number] = [] if number in step.errors else [token]
             row.push(token)
+
+    def _overwrite(self, row: Row, start: int, ids: Sequence[int]) -> None:
+        """Replace what was sampled last by what a search picked; of other rows, known tokens are resent."""
+        if row.init.sampling.num_candidates:
+            assert len(ids) == 1 and start == len(row.slots) - 1, "one token is picked, for the last place"
+            row.history = row.slots.pop()[2]
+            row.push(ids[0])
+        assert [slot[1] for slot in row.slots[start:]] == ids, "only known tokens are resent"
 
     def collect(self, step: Step) -> StepResult:
         """Return the result of the oldest outstanding step; from here on its pages and copies are free."""
@@ -158,6 +214,7 @@ class FakeRunner:
             step_id,
             tokens=step.tokens,
             executed_tokens=step.plan.num_tokens,
+            candidates=step.candidates,
             row_errors=step.errors,
             kv_failed=self.fail_loads.get(step_id, []),
         )
@@ -334,15 +391,28 @@ class Replica:
         end: int | None = None,
         priority: int = 0,
         options: RequestOptions | None = None,
+        beam_width: int | None = None,
     ) -> Request:
-        """Submit a request with seed 7, arriving at second 0; EOS comes at output position `end`."""
-        params = SamplingParams(max_tokens=max_tokens, n=n, seed=7, cache_salt=salt, priority=priority)
+        """Submit a request with seed 7, arriving at second 0; EOS comes at output position `end`.
+
+        With `beam_width` it is a beam search that returns n outputs and ends as its candidates say.
+        """
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            n=n,
+            seed=7,
+            cache_salt=salt,
+            priority=priority,
+            use_beam_search=beam_width is not None,
+            beam_width=beam_width,
+        )
         request = Request.create(
             list(prompt), params, LIMITS, request_id=name, arrival_s=0.0, options=options
         )
         self.scheduler.submit(request)
-        for sample in request.samples():
-            key = (name, sample.sample_idx)
+        samples = request.samples() if request.beams is None else [request] * n
+        for index, sample in enumerate(samples):
+            key = (name, index)
             self.requests[key] = sample
             self.outputs[key] = []
             if end is not None:
@@ -403,14 +473,21 @@ class Replica:
                 self.reasons[key] = event.finish_reason
 
     def expected(self, key: Key) -> list[int]:
-        return lone_output(self.requests[key], end=self.runner.ends.get(key))
+        request = self.requests[key]
+        if request.beams is not None:
+            return lone_search(request)[key[1]]
+        return lone_output(request, end=self.runner.ends.get(key))
 
     def check_outputs(self) -> None:
         """Assert that every sample ended once, and said what it says alone (a start of it where cut off)."""
         assert self.reasons.keys() == self.requests.keys()
         for key, output in self.outputs.items():
+            is_cut_off = self.reasons[key] in ("cancelled", "timeout", "error")
+            if is_cut_off and self.requests[key].beams is not None:
+                # The best so far need not be the start of the best at the end.
+                continue
             expected = self.expected(key)
-            if self.reasons[key] in ("cancelled", "timeout", "error"):
+            if is_cut_off:
                 expected = expected[: len(output)]
             assert output == expected, f"{key} ({self.reasons[key]}): {output} instead of {expected}"
 

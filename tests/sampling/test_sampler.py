@@ -44,6 +44,7 @@ MIXED = [
         allowed_ids=(3, 5, 9, 50, 52, 54, 57, 58),
         has_processors=True,
     ),
+    RowSampling(num_candidates=6, bad_ids=(2, 4), logprobs=1),
     RowSampling(bad_sequences=((7, 8), *((t, 8, t) for t in range(60))), logit_bias=((7, 20.0), (8, 20.0))),
 ]
 
