@@ -3,6 +3,7 @@
 // A caller passes contiguous memory of the sizes named here; ids and kinds are checked, sizes are not.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -33,15 +34,17 @@ SS_EXPORT int32_t ss_pack(int32_t kind, int32_t source, const void* rows, int32_
   if (status != kPacked) return status;
   const uint8_t* from = static_cast<const uint8_t*>(rows);
   const size_t stride = source_row_bytes(source, cols), step = tile_bytes(kind, cols);
+  std::atomic<bool> is_finite{true};
   pool().run([&](int thread, int threads) {
     const Share mine = Share::of(num_tiles(num_rows), thread, threads);
     for (int tile = mine.begin; tile < mine.end; ++tile) {
       const int first = tile * kTileRows;
       const int count = num_rows - first < kTileRows ? num_rows - first : kTileRows;
-      pack_tile(kind, source, from + first * stride, count, cols, static_cast<uint8_t*>(out) + tile * step);
+      uint8_t* tile_out = static_cast<uint8_t*>(out) + tile * step;
+      if (!pack_tile(kind, source, from + first * stride, count, cols, tile_out)) is_finite = false;
     }
   });
-  return kPacked;
+  return is_finite ? kPacked : kNotFinite;
 }
 
 SS_EXPORT size_t ss_linear_scratch_bytes(int32_t kind, int32_t cols, int32_t tokens) {

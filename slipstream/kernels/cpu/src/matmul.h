@@ -120,7 +120,7 @@ SS_INLINE void add_quads(const uint8_t* codes, const int8_t* x, Integers (&total
 // integer sums need the registers, and a group loads and stores these once.
 template <int kNum>
 struct Totals {
-  static constexpr bool kInMemory = kVectorRegisters == 16 && kNum > 2;
+  static constexpr bool kInMemory = 4 * kNum > kRegisterVectors;
   alignas(kAlignment) float values[kNum][kLanes];
   Floats registers[kNum];
 

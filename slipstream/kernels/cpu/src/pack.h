@@ -22,7 +22,10 @@ enum PackStatus : int32_t {
   kUnknownKind = 1,
   kUnsupportedSource = 2,
   kPartialBlock = 3,
+  kNotFinite = 4,  // all is packed, and a weight or a scale is NaN or infinite
 };
+
+inline bool is_finite_half(uint16_t bits) { return (bits & 0x7c00) != 0x7c00; }
 
 // The kind that keeps the codes of a quantised source, or -1.
 inline int native_kind(int source) {
@@ -120,7 +123,7 @@ inline void encode_signed(const float* x, float scale, uint8_t* codes) {
   }
 }
 
-// NaN where one is not finite: the scale it makes then shows the damage in every product. What is too small to
+// NaN where one is not finite: the scale it makes shows the damage in every product. What is too small to
 // have a finite inverse counts as 0.
 inline float largest_magnitude(const float* x, int count, float largest = 0.0f) {
   for (int i = 0; i < count; ++i) {
@@ -132,10 +135,11 @@ inline float largest_magnitude(const float* x, int count, float largest = 0.0f) 
   return largest;
 }
 
-// One row of floats to symmetric codes of 8 bits.
-inline void pack_signed_row(int kind, int source, const uint8_t* row, int cols, int place, uint8_t* tile) {
+// One row of floats to symmetric codes of 8 bits. The functions that pack a row say whether all of it is finite.
+inline bool pack_signed_row(int kind, int source, const uint8_t* row, int cols, int place, uint8_t* tile) {
   float x[kGroup];
   float row_scale = 0.0f;
+  bool is_finite = true;
   uint8_t* scales = tile + code_bytes(kind, cols);
   if (kind == kQ8Row) {
     for (int first = 0; first < cols; first += kGroup) {
@@ -155,43 +159,61 @@ inline void pack_signed_row(int kind, int source, const uint8_t* row, int cols, 
     if (kind == kQ8Group) {
       made.scale = float_to_half_bits(largest_magnitude(x, kGroup) / 127.0f);
       scale = half_bits_to_float(made.scale);
+      is_finite = is_finite && is_finite_half(made.scale);
       write_scales(kind, made, place, scales + group * group_scale_bytes(kind));
     }
     encode_signed(x, scale, made.codes);
     write_codes(kind, made, place, tile + group * group_code_bytes(kind));
   }
+  return is_finite && std::isfinite(row_scale);
 }
 
 // One row of floats as it is, [column][row].
-inline void pack_float_row(int kind, int source, const uint8_t* row, int cols, int place, uint8_t* tile) {
+inline bool pack_float_row(int kind, int source, const uint8_t* row, int cols, int place, uint8_t* tile) {
+  bool is_finite = true;
   for (int column = 0; column < cols; ++column) {
+    float x;
+    read_floats(source, row, column, 1, &x);
+    is_finite = is_finite && std::isfinite(x);
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const size_t at = static_cast<size_t>(column) * kTileRows + place;
     if (kind == kBF16) {
-      std::memcpy(tile + (static_cast<size_t>(column) * kTileRows + place) * 2, row + static_cast<size_t>(column) * 2, 2);
+      // The source has this type, so nothing is cut off.
+      const uint16_t upper = static_cast<uint16_t>(bits >> 16);
+      std::memcpy(tile + at * 2, &upper, 2);
     } else {
-      float x;
-      read_floats(source, row, column, 1, &x);
-      std::memcpy(tile + (static_cast<size_t>(column) * kTileRows + place) * 4, &x, 4);
+      std::memcpy(tile + at * 4, &bits, 4);
     }
   }
+  return is_finite;
 }
 
-inline void pack_row(int kind, int source, const uint8_t* row, int cols, int place, uint8_t* tile) {
+inline bool pack_row(int kind, int source, const uint8_t* row, int cols, int place, uint8_t* tile) {
   if (is_float_kind(kind)) return pack_float_row(kind, source, row, cols, place, tile);
   if (is_float_source(source)) return pack_signed_row(kind, source, row, cols, place, tile);
   uint8_t* scales = tile + code_bytes(kind, cols);
+  const bool has_two_scales = group_scale_bytes(kind) == kTileRows * 4;
+  bool is_finite = true;
   GroupCodes group;
   for (int i = 0; i < num_groups(cols); ++i) {
     read_group(source, row, i, group);
     write_codes(kind, group, place, tile + i * group_code_bytes(kind));
     write_scales(kind, group, place, scales + i * group_scale_bytes(kind));
+    is_finite = is_finite && is_finite_half(group.scale) && (!has_two_scales || is_finite_half(group.second));
   }
+  return is_finite;
 }
 
 // Packs at most 16 rows, which follow each other in `rows`, into one tile.
-inline void pack_tile(int kind, int source, const uint8_t* rows, int num_rows, int cols, uint8_t* tile) {
+inline bool pack_tile(int kind, int source, const uint8_t* rows, int num_rows, int cols, uint8_t* tile) {
   const size_t stride = source_row_bytes(source, cols);
   std::memset(tile, 0, tile_bytes(kind, cols));
-  for (int row = 0; row < num_rows; ++row) pack_row(kind, source, rows + row * stride, cols, row, tile);
+  bool is_finite = true;
+  for (int row = 0; row < num_rows; ++row) {
+    is_finite = pack_row(kind, source, rows + row * stride, cols, row, tile) && is_finite;
+  }
+  return is_finite;
 }
 
 }  // namespace slipstream

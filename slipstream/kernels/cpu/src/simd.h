@@ -6,6 +6,7 @@
 //   Floats        16 floats: arithmetic, conversions, rounding, sums and maxima over lanes
 //   Integers      16 sums of 32 bits
 //   Bytes, Quad   the codes of a weight tile and of a token; UnsignedSums and SignedSums multiply them
+// and kTokens, the most tokens that meet a tile at once; kRegisterVectors, how many of these the registers hold.
 #pragma once
 
 #include <cstddef>

@@ -12,7 +12,7 @@ namespace slipstream {
 
 // 6 tokens x 2 halves of a tile, one activation and the weights fill the registers.
 constexpr int kTokens = 6;
-constexpr int kVectorRegisters = 16;
+constexpr int kRegisterVectors = 8;
 
 // Stops the compiler from moving `v` to the stack and back around every use, which GCC 12 does to accumulators.
 SS_INLINE void keep_in_register(__m256i& v) { asm volatile("" : "+x"(v)); }
