@@ -16,10 +16,10 @@ from slipstream.core.batch import ForwardBatch
 from slipstream.layers.attention import SelfAttention
 from slipstream.layers.block_parts import BlockParts
 from slipstream.layers.build_context import BuildContext
-from slipstream.layers.fused_block import can_fuse, run_fused, runs_fused
+from slipstream.layers.fused_block import is_fusible, run_fused, suits
 from slipstream.layers.linear import QKVLinear, RowParallelLinear
 from slipstream.layers.mlp import GatedMLP
-from slipstream.layers.native_block import NativeBlocks
+from slipstream.layers.native_block import NativeBlock
 from slipstream.layers.norm import RMSNorm
 from slipstream.layers.rotary import Rotary
 
@@ -45,7 +45,7 @@ class BlockSpec:
     has_post_norms: bool = False
 
 
-class DecoderBlock(NativeBlocks):
+class DecoderBlock(NativeBlock):
     """One layer of a decoder."""
 
     def __init__(self, build: BuildContext, spec: BlockSpec, *, layer_idx: int, rotary: Rotary) -> None:
@@ -64,7 +64,7 @@ class DecoderBlock(NativeBlocks):
             bias=spec.has_mlp_bias,
         )
         self.post_mlp_norm = RMSNorm(build, hidden, eps) if spec.has_post_norms else None
-        self.is_fusible = can_fuse(self)
+        self.fusible = self.parts() if is_fusible(self.parts()) else None
 
     def parts(self) -> BlockParts:
         return BlockParts(
@@ -77,11 +77,8 @@ class DecoderBlock(NativeBlocks):
         )
 
     def forward(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor:
-        """Return the block's output; the native form replaces `x_TD` by it."""
-        if self.native is not None and self.runs_natively(batch):
-            return self.native.run(x_TD, batch)
-        if runs_fused(self, x_TD, batch):
-            return run_fused(self, x_TD, batch)
+        if self.fusible is not None and suits(x_TD, batch):
+            return run_fused(self.fusible, x_TD, batch)
         attended_TD = self.attention(self.input_norm(x_TD), batch)
         if self.post_attention_norm is not None:
             attended_TD = self.post_attention_norm(attended_TD)

@@ -14,7 +14,7 @@ from torch import Tensor
 from slipstream.core.batch import ForwardBatch
 from slipstream.kernels.cpu.block_records import ACTIVATIONS, Block
 from slipstream.kernels.cpu.library import library
-from slipstream.kernels.cpu.packed_matrix import Matrix
+from slipstream.kernels.cpu.packed_matrix import Kind, Matrix
 from slipstream.layers.block_parts import BlockParts
 from slipstream.layers.linear import Linear
 from slipstream.layers.mlp import GatedMLP
@@ -24,45 +24,80 @@ from slipstream.layers.norm import LayerNorm
 SEQ_LEN_STEP = 1024
 
 
-class NativeCall:
-    """One block as the CPU kernels run it. `num_calls` counts the steps that ran this way."""
+class NativeStack:
+    """Consecutive blocks of one layout, run by one call."""
 
-    def __init__(self, parts: BlockParts) -> None:
+    def __init__(self, calls: list[NativeCall]) -> None:
         self._library = library()
-        self._kept: list[Any] = []
-        self._rotary = parts.attention.rotary
-        self._layer_idx = parts.attention.attention.spec.layer_idx
-        self._table: Tensor | None = None
+        self.calls = calls
+        self._records = (ctypes.c_void_p * len(calls))(*(ctypes.addressof(call.record) for call in calls))
         self._reserved = (0, 0, 0)
-        self._record = self._fill(parts)
-        self._address = ctypes.addressof(self._record)
-        self.num_calls = 0
+        self._places: Any = None
 
     def run(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor:
-        """Replace `x_TD` [T, D] float32 by the block's output, and return it."""
+        """Replace `x_TD` [T, D] float32 by the last block's output, and return it."""
         plan = batch.attention_plan
         step = plan.backend.native_step(batch)
-        table = self._rotary.table(plan.max_seq_len)
-        if table is not self._table:
-            self._table, self._record.rotary_table = table, table.data_ptr()
-        group, place = batch.layer_place[self._layer_idx]
-        self._record.group = group
-        self._record.place_offset = place * step.layer_strides[group]
+        if batch.layer_place is not self._places:
+            for call in self.calls:
+                call.bind(batch, step.layer_strides)
+            self._places = batch.layer_place
+        for call in self.calls:
+            call.turn_by(plan.max_seq_len)
+            call.num_calls += 1
         self._reserve(step)
-        status = self._library.ss_decoder_block(
-            self._address, step.address, x_TD.data_ptr(), step.scratch.address
+        status = self._library.ss_decoder_blocks(
+            ctypes.addressof(self._records),
+            len(self.calls),
+            step.address,
+            x_TD.data_ptr(),
+            step.scratch.address,
         )
         assert status == 0, "the backend's capability lets no other head size through"
-        self.num_calls += 1
         return x_TD
 
     def _reserve(self, step: Any) -> None:
         """See to it that the engine's scratch is large enough; asks the library only where a step is new."""
         size = (step.tokens, -(-step.max_seq_len // SEQ_LEN_STEP) * SEQ_LEN_STEP, step.scratch.address)
         if size != self._reserved:
-            needed = self._library.ss_block_scratch_bytes(self._address, size[0], size[1])
+            needed = self._library.ss_block_scratch_bytes(self._records[0], size[0], size[1])
             step.scratch.reserve(needed)
             self._reserved = (*size[:2], step.scratch.address)
+
+
+class NativeCall:
+    """One block as the CPU kernels read it. `num_calls` counts the steps that ran this way."""
+
+    def __init__(self, parts: BlockParts) -> None:
+        self._kept: list[Any] = []
+        self._rotary = parts.attention.rotary
+        self._layer_idx = parts.attention.attention.spec.layer_idx
+        self._table: Tensor | None = None
+        self.record = self._fill(parts)
+        self.num_calls = 0
+
+    def bind(self, batch: ForwardBatch, layer_strides: list[int]) -> None:
+        """Say where this layer's keys and values lie; the same in every step of an engine."""
+        group, place = batch.layer_place[self._layer_idx]
+        self.record.group = group
+        self.record.place_offset = place * layer_strides[group]
+
+    def turn_by(self, needed: int) -> None:
+        """Use a rotary table of at least `needed` positions."""
+        table = self._rotary.table(needed)
+        if table is not self._table:
+            self._table, self.record.rotary_table = table, table.data_ptr()
+
+    def layout(self) -> tuple[Any, ...]:
+        """Return what decides on the scratch of a call: sizes, and which forms of activations are read."""
+        record = self.record
+        sizes = (record.hidden, record.heads, record.kv_heads, record.head_dim, record.intermediate)
+        readers = ((record.q, record.k, record.v, record.gate, record.up), (record.output,), (record.down,))
+        forms = tuple(
+            frozenset(Kind(matrix.kind).is_floating for matrix in matrices if matrix.data)
+            for matrices in readers
+        )
+        return sizes + forms
 
     def _fill(self, parts: BlockParts) -> Block:
         attention, mlp = parts.attention, parts.mlp

@@ -16,6 +16,7 @@ from slipstream.checkpoint.base import Format
 from slipstream.core.batch import ForwardBatch
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
+from slipstream.layers.native_block import BlockList
 from slipstream.models.weight_map import Place
 
 
@@ -71,9 +72,16 @@ class Model(Protocol):
 def run_layers(
     layers: Iterable[Callable[[Tensor, ForwardBatch], Tensor]], x_TD: Tensor, batch: ForwardBatch
 ) -> Tensor:
-    """Run the layers in order and return the last one's [T, D]. Raises UnsupportedError for adapters."""
+    """Run the layers in order and return the last one's [T, D]. Raises UnsupportedError for adapters.
+
+    Layers with a native form may run as few calls, which replace `x_TD` in place.
+    """
     if batch.adapter_idx_T is not None:
         raise UnsupportedError("This version serves no adapters: leave adapter_idx_T of the batch unset.")
+    if isinstance(layers, BlockList):
+        done_TD = layers.run_natively(x_TD, batch)
+        if done_TD is not None:
+            return done_TD
     for layer in layers:
         x_TD = layer(x_TD, batch)
     return x_TD

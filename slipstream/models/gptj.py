@@ -22,7 +22,7 @@ from slipstream.layers.attention import SelfAttention
 from slipstream.layers.block_parts import BlockParts
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.mlp import MLP, PLAIN_ACTIVATIONS
-from slipstream.layers.native_block import NativeBlocks
+from slipstream.layers.native_block import NativeBlock
 from slipstream.layers.norm import LayerNorm
 from slipstream.layers.rope_config import RopeConfig, rope_from_gguf
 from slipstream.layers.rotary import Rotary
@@ -98,7 +98,7 @@ class GPTJConfig(DecoderConfig):
         return cls(**sizes, rope=rope)
 
 
-class ParallelBlock(NativeBlocks):
+class ParallelBlock(NativeBlock):
     """x + attention(norm(x)) + mlp(norm(x))."""
 
     def __init__(self, build: BuildContext, config: GPTJConfig, *, layer_idx: int, rotary: Rotary) -> None:
@@ -125,9 +125,6 @@ class ParallelBlock(NativeBlocks):
         return BlockParts(attention=self.attention, mlp=self.mlp, input_norm=self.norm)
 
     def forward(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor:
-        """Return the block's output; the native form replaces `x_TD` by it."""
-        if self.native is not None and self.runs_natively(batch):
-            return self.native.run(x_TD, batch)
         normed_TD = self.norm(x_TD)
         return x_TD + self.attention(normed_TD, batch) + self.mlp(normed_TD)
 

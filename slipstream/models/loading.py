@@ -16,7 +16,7 @@ from slipstream.checkpoint.base import Checkpoint, WeightTensor
 from slipstream.checkpoint.dummy import DummyCheckpoint
 from slipstream.core.errors import CheckpointError
 from slipstream.layers.linear import Linear
-from slipstream.layers.native_block import NativeBlocks
+from slipstream.layers.native_block import BlockList, NativeBlock
 from slipstream.models.random_weights import fill_random
 from slipstream.models.weight_map import Place
 
@@ -47,8 +47,11 @@ def finish_modules(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.quant.load(module)
-        elif isinstance(module, NativeBlocks):
+        elif isinstance(module, NativeBlock):
             module.find_native()
+    for module in model.modules():
+        if isinstance(module, BlockList):
+            module.find_stacks()
 
 
 def fitting_tensors(

@@ -82,7 +82,8 @@ class PackedMatrix:
 
     def __init__(self, kind: Kind, *, rows: int, cols: int) -> None:
         self.kind, self.rows, self.cols = kind, rows, cols
-        self.num_bytes: int = library().ss_matrix_bytes(int(kind), rows, cols)
+        self.library = library()
+        self.num_bytes: int = self.library.ss_matrix_bytes(int(kind), rows, cols)
         # numpy leaves the pages untouched until they are written.
         self._memory = torch.from_numpy(np.empty(self.num_bytes + ALIGNMENT, dtype=np.uint8))
         start = -self._memory.data_ptr() % ALIGNMENT
@@ -107,7 +108,7 @@ class PackedMatrix:
         """
         assert first_row % TILE_ROWS == 0 and rows.is_contiguous()
         out = self.data.data_ptr() + first_row // TILE_ROWS * self.tile_bytes
-        status = library().ss_pack(
+        status = self.library.ss_pack(
             int(self.kind), SOURCES[source][0], rows.data_ptr(), rows.shape[0], self.cols, out
         )
         if status:
@@ -123,7 +124,7 @@ def linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
     flat = x.reshape(-1, matrix.cols).contiguous()
     tokens = flat.shape[0]
     y = torch.empty(tokens, matrix.rows)
-    native = library()
+    native = matrix.library
     needed = native.ss_linear_scratch_bytes(int(matrix.kind), matrix.cols, tokens)
     scratch = torch.empty(needed, dtype=torch.uint8)
     native.ss_linear(matrix.address, flat.data_ptr(), y.data_ptr(), tokens, None, scratch.data_ptr())
@@ -134,6 +135,6 @@ def embedding(matrix: PackedMatrix, ids_T: Tensor, scale: float = 1.0) -> Tensor
     """Return rows `ids_T` times `scale`, [T, cols] float32. Raises IndexError for an id that is no row."""
     ids = ids_T.to(torch.int64).contiguous()
     out = torch.empty(ids.numel(), matrix.cols)
-    if library().ss_embedding(matrix.address, ids.data_ptr(), ids.numel(), scale, out.data_ptr()):
+    if matrix.library.ss_embedding(matrix.address, ids.data_ptr(), ids.numel(), scale, out.data_ptr()):
         raise IndexError(f"an id is not one of the {matrix.rows} rows")
     return out

@@ -33,8 +33,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ss_argmax": (None, (_ADDRESS, _INT32, _INT32, _ADDRESS)),
     # block, tokens, longest sequence
     "ss_block_scratch_bytes": (_INT64, (_ADDRESS, _INT64, _INT64)),
-    # block, step, x, scratch
-    "ss_decoder_block": (_INT32, (_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS)),
+    # blocks, number of blocks, step, x, scratch
+    "ss_decoder_blocks": (_INT32, (_ADDRESS, _INT32, _ADDRESS, _ADDRESS, _ADDRESS)),
     # block, step, q, k, v, out, scratch
     "ss_attention": (_INT32, (_ADDRESS,) * 7),
 }

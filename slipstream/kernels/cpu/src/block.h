@@ -226,7 +226,13 @@ inline void rotate(float* head, const float* table, int head_dim, bool is_interl
     return;
   }
   const int half = head_dim / 2;
-  for (int i = 0; i < half; ++i) {
+  int i = 0;
+  for (; i + 8 <= half; i += 8) {
+    const Vec8 a = load8(head + i), b = load8(head + i + half);
+    store8(head + i, fma8(b, load8(sines + i), a * load8(cosines + i)));
+    store8(head + i + half, fma8(a, load8(sines + i + half), b * load8(cosines + i + half)));
+  }
+  for (; i < half; ++i) {
     const float a = head[i], b = head[i + half];
     head[i] = std::fma(b, sines[i], a * cosines[i]);
     head[i + half] = std::fma(a, sines[i + half], b * cosines[i + half]);
@@ -269,7 +275,9 @@ class BlockRun {
       : block_(block), step_(step), ws_(ws), own_(ws.own[thread]), x_(x), thread_(thread), threads_(threads),
         tokens_(step.tokens), is_single_(step.tokens == 1), mine_(Share::of(static_cast<int>(step.tokens), thread, threads)) {}
 
-  void run() {
+  // In a stack, blocks after the first find a lone token's hidden state where the one before left it.
+  void run(bool is_first = true) {
+    if (is_single_ && is_first) std::memcpy(own_.x, x_, sizeof(float) * block_.hidden);
     begin();
     project_qkv();
     meet();
@@ -320,7 +328,6 @@ class BlockRun {
   }
 
   void begin() {
-    if (is_single_) std::memcpy(own_.x, x_, sizeof(float) * block_.hidden);
     for (int64_t token = first_token(); token < last_token(); ++token) {
       norm(x_of(token), block_.input_norm, own_.row);
       normed().quantize(own_.row, static_cast<int>(token));

@@ -30,14 +30,21 @@ SS_EXPORT int64_t ss_block_scratch_bytes(const slipstream::Block* block, int64_t
       slipstream::lay_out(*block, tokens, max_seq_len, slipstream::pool().size(), nullptr, nullptr));
 }
 
-// Replaces x [tokens][hidden] by the block's output. `scratch` is aligned to 64 bytes.
-SS_EXPORT int32_t ss_decoder_block(const slipstream::Block* block, const slipstream::Step* step, float* x,
-                                   uint8_t* scratch) {
+// Replaces x [tokens][hidden] by the output of `num_blocks` blocks, run one after another. They have the same
+// sizes and need the same forms of activations. `scratch` is aligned to 64 bytes.
+SS_EXPORT int32_t ss_decoder_blocks(const slipstream::Block* const* blocks, int32_t num_blocks,
+                                    const slipstream::Step* step, float* x, uint8_t* scratch) {
   using namespace slipstream;
-  if (!is_served(*block)) return -1;
+  for (int32_t i = 0; i < num_blocks; ++i) {
+    if (!is_served(*blocks[i])) return -1;
+  }
   Workspace ws;
-  lay_out(*block, step->tokens, step->max_seq_len, pool().size(), scratch, &ws);
-  pool().run([&](int thread, int threads) { BlockRun(*block, *step, ws, x, thread, threads).run(); });
+  lay_out(*blocks[0], step->tokens, step->max_seq_len, pool().size(), scratch, &ws);
+  pool().run([&](int thread, int threads) {
+    for (int32_t i = 0; i < num_blocks; ++i) {
+      BlockRun(*blocks[i], *step, ws, x, thread, threads).run(i == 0);
+    }
+  });
   return 0;
 }
 
