@@ -1,7 +1,7 @@
 """What is a matrix that the CPU kernels read? Packed tiles in aligned memory, and the calls over them.
 
-The layout is `src/matrix.h`. Packing, products and look-ups are calls into the compiled library; the torch
-references beside them (`unpack`, `linear_reference`) are what the kernels are checked against.
+The layout is `src/matrix.h`. Packing, products and look-ups are calls into the compiled library;
+`packed_reference.py` holds the torch definitions that they are checked against.
 Invariant: a matrix owns its memory, aligned to 64 bytes; a record handed to the library points into it.
 """
 
@@ -60,6 +60,15 @@ SOURCES = {
 }
 
 
+# PackStatus of `src/pack.h`.
+_NOT_FINITE = 4
+_REFUSALS = {
+    1: "there is no such kind",
+    2: "a kind keeps the codes of its own stored types, and only 8-bit kinds are made from floats",
+    3: "the columns are not whole blocks of the stored type",
+}
+
+
 def native_kind(stored: str) -> Kind | None:
     """Return the kind that keeps a stored type's own numbers, or None where there is none."""
     return SOURCES[stored][1] if stored in SOURCES else None
@@ -107,16 +116,18 @@ class PackedMatrix:
         kind does not take.
         """
         assert first_row % TILE_ROWS == 0 and rows.is_contiguous()
+        assert first_row + rows.shape[0] <= self.rows
         out = self.data.data_ptr() + first_row // TILE_ROWS * self.tile_bytes
         status = self.library.ss_pack(
             int(self.kind), SOURCES[source][0], rows.data_ptr(), rows.shape[0], self.cols, out
         )
-        if status:
-            raise UnsupportedError(
-                f"Weights stored as {source} with {self.cols} columns cannot be packed as {self.kind.name} "
-                f"(status {status}); use dtype='float32'."
-            )
-        return True
+        if status in (0, _NOT_FINITE):
+            return status == 0
+        reason = _REFUSALS.get(status, f"status {status}")
+        raise UnsupportedError(
+            f"Weights stored as {source} with {self.cols} columns cannot be packed as {self.kind.name}: "
+            f"{reason}. Use dtype='float32'."
+        )
 
 
 def linear(x: Tensor, matrix: PackedMatrix) -> Tensor:
