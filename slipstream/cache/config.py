@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from slipstream.core.errors import ConfigError, UnsupportedError
+from slipstream.core.option_types import check_types
 from slipstream.core.options import options
 
 
@@ -50,6 +51,7 @@ class KvCacheConfig:
                 f"KvCacheConfig(dtype={self.dtype!r}) is not served by this version; valid: "
                 f"{', '.join(KV_DTYPES)}."
             )
+        check_types(self, owner=type(self).__name__)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ConfigError(f"KvCacheConfig(max_tokens={self.max_tokens}) must be at least 1.")
         if not 0.0 < self.free_gpu_memory_fraction <= 1.0:

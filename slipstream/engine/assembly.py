@@ -165,6 +165,7 @@ def _build_engine(
         max_num_tokens=resolved.max_num_tokens,
         enable_chunked_prefill=resolved.enable_chunked_prefill,
         policy=resolved.capacity_policy,
+        chunking_policy=resolved.chunking_policy,
     )
     runner = Runner(
         model,

@@ -11,6 +11,7 @@ from typing import Any
 
 from slipstream.cache.config import KvCacheConfig
 from slipstream.core.errors import ConfigError, UnsupportedError, nearest
+from slipstream.core.option_types import check_types
 from slipstream.core.options import options
 from slipstream.quant.registry import SCHEMES
 
@@ -29,7 +30,11 @@ class CapacitySchedulerPolicy(enum.Enum):
 
 
 class ContextChunkingPolicy(enum.Enum):
-    """How is a step's token budget shared among prompts? The oldest first, or equally."""
+    """How is a step's token budget shared among prompts?
+
+    FIRST_COME_FIRST_SERVED: the oldest first. EQUAL_PROGRESS: the same for each, so that short prompts do not
+    wait behind a long one.
+    """
 
     FIRST_COME_FIRST_SERVED = "FIRST_COME_FIRST_SERVED"
     EQUAL_PROGRESS = "EQUAL_PROGRESS"
@@ -39,7 +44,7 @@ class ContextChunkingPolicy(enum.Enum):
 class SchedulerConfig:
     """Policies of the scheduler, as members of their enum or by name.
 
-    Requests wait in the order of (priority, arrival); other values of the last three fields are not served.
+    Requests wait in the order of (priority, arrival); other values of the last two fields are not served.
     """
 
     capacity_scheduler_policy: CapacitySchedulerPolicy | str = CapacitySchedulerPolicy.MAX_UTILIZATION
@@ -48,12 +53,16 @@ class SchedulerConfig:
     dynamic_batch_config: Any = None
 
     @property
+    def chunking_policy(self) -> str:
+        return _policy_name(self, "context_chunking_policy", ContextChunkingPolicy)
+
+    @property
     def capacity_policy(self) -> str:
         return _policy_name(self, "capacity_scheduler_policy", CapacitySchedulerPolicy)
 
     def __post_init__(self) -> None:
         _policy_name(self, "capacity_scheduler_policy", CapacitySchedulerPolicy)
-        _require_default(self, "context_chunking_policy", ContextChunkingPolicy)
+        _policy_name(self, "context_chunking_policy", ContextChunkingPolicy)
         if self.waiting_queue_policy != "fcfs":
             raise UnsupportedError(
                 f"SchedulerConfig(waiting_queue_policy={self.waiting_queue_policy!r}) is not served by this "
@@ -74,16 +83,6 @@ def _policy_name(config: SchedulerConfig, name: str, kind: type[enum.Enum]) -> s
             + nearest(str(label), valid)
         )
     return label
-
-
-def _require_default(config: SchedulerConfig, name: str, kind: type[enum.Enum]) -> None:
-    """Refuse a policy that is unknown, or known but not served yet (the first of the enum is served)."""
-    label = _policy_name(config, name, kind)
-    served = next(iter(kind)).value
-    if label != served:
-        raise UnsupportedError(
-            f"SchedulerConfig({name}={label}) is not served by this version; use {served} (the default)."
-        )
 
 
 @options()
@@ -151,6 +150,13 @@ class EngineConfig:
             SCHEMES.get(self.quant_config)
         _require_section("kv_cache_config", self.kv_cache_config, KvCacheConfig)
         _require_section("scheduler_config", self.scheduler_config, SchedulerConfig)
+        check_types(self)
+        scheduling = self.scheduler_config or SchedulerConfig()
+        if scheduling.chunking_policy == "EQUAL_PROGRESS" and not self.enable_chunked_prefill:
+            raise ConfigError(
+                "context_chunking_policy=EQUAL_PROGRESS shares a step among chunks of prompts, and "
+                "enable_chunked_prefill=False makes none; leave one of the two out."
+            )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must be from 0 to 2**63 - 1, or None for fresh randomness.")
         if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:

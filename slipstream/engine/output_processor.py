@@ -49,6 +49,8 @@ class Sample:
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
             )
+        # Stop strings that are complete by then do not count.
+        self._min_tokens = request.sampling.min_tokens
         self._matcher = StopMatcher(request.stop, include_stop=self._include_stop) if request.stop else None
         if request.sampling.logprobs >= 0:
             self.output.logprobs = []
@@ -97,7 +99,7 @@ class Sample:
         if self._matcher is None:
             output.text += rest
             return
-        released, stop = self._matcher.feed(rest)
+        released, stop = self._matched(self._matcher, rest)
         output.text += released
         if stop is None:
             output.text += self._matcher.flush()
@@ -111,9 +113,14 @@ class Sample:
         if self._matcher is None:
             self.output.text += piece
             return None
-        released, stop = self._matcher.feed(piece)
+        released, stop = self._matched(self._matcher, piece)
         self.output.text += released
         return stop
+
+    def _matched(self, matcher: StopMatcher, piece: str) -> tuple[str, str | None]:
+        if len(self.output.token_ids) <= self._min_tokens:
+            return matcher.skip(piece), None
+        return matcher.feed(piece)
 
     def _take_logprobs(self, logprobs: TokenLogprobs) -> None:
         output = self.output

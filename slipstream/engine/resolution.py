@@ -42,6 +42,7 @@ class ResolvedConfig:
     enable_chunked_prefill: bool
     max_beam_width: int
     capacity_policy: str
+    chunking_policy: str
     kv_cache: KvCacheConfig
     attn_backend: str
     gpu_memory_utilization: float | None
@@ -96,6 +97,7 @@ def resolve(
         enable_chunked_prefill=config.enable_chunked_prefill,
         max_beam_width=_max_beam_width(config, max_batch_size),
         capacity_policy=(config.scheduler_config or SchedulerConfig()).capacity_policy,
+        chunking_policy=(config.scheduler_config or SchedulerConfig()).chunking_policy,
         kv_cache=config.kv_cache_config or KvCacheConfig(),
         attn_backend=config.attn_backend,
         gpu_memory_utilization=config.gpu_memory_utilization,

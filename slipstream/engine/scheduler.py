@@ -22,6 +22,8 @@ from slipstream.core.plan import Span, StepPlan, StepResult
 from slipstream.core.request import Request
 from slipstream.engine.admission import POLICIES, MaxUtilization
 from slipstream.engine.beams import Beams, new_table, outcomes
+from slipstream.engine.chunking import POLICIES as CHUNKING_POLICIES
+from slipstream.engine.chunking import FirstComeFirstServed
 from slipstream.engine.row_allocation import RowAllocation
 from slipstream.engine.scheduler_stats import SchedulerStats
 from slipstream.engine.sequence import BeamGroup, Sequence, State
@@ -44,6 +46,7 @@ class Scheduler:
         max_num_tokens: int,
         enable_chunked_prefill: bool = True,
         policy: str = "MAX_UTILIZATION",
+        chunking_policy: str = "FIRST_COME_FIRST_SERVED",
     ) -> None:
         self.cache = cache
         self.stats = SchedulerStats()
@@ -56,6 +59,7 @@ class Scheduler:
         self._admission: MaxUtilization = POLICIES.get(policy)(
             cache, self._rows, max_num_tokens=max_num_tokens, enable_chunked_prefill=enable_chunked_prefill
         )
+        self._chunking: FirstComeFirstServed = CHUNKING_POLICIES.get(chunking_policy)()
         self._deadlines: list[tuple[float, tuple[int, int], Sequence]] = []
         self._outstanding: deque[tuple[int, list[tuple[int, Sequence, int]]]] = deque()
         self._next_arrival = 0
@@ -164,6 +168,7 @@ class Scheduler:
         stats = self.stats
         stats.num_plans += 1
         stats.num_planned_tokens += self._max_num_tokens - budget
+        stats.max_prompts_per_step = max(stats.max_prompts_per_step, len(plan.spans) - num_decodes)
         stats.max_outstanding = max(stats.max_outstanding, len(self._outstanding))
         return plan
 
@@ -227,8 +232,9 @@ class Scheduler:
             self._preempt(max(self.running(), key=lambda running: running.order))
 
     def _plan_chunks(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], budget: int) -> int:
-        """Continue the prompts that earlier plans began, oldest first; returns the tokens left."""
-        for sequence in list(self._rows.prefilling):
+        """Continue the prompts that earlier plans began, each by its share; returns the tokens left."""
+        num_prompts = len(self._rows.prefilling) + self._num_admissible()
+        for sequence in self._chunking.ordered(self._rows.prefilling):
             if budget <= 0:
                 break
             if sequence.state is not State.RUNNING:
@@ -238,13 +244,22 @@ class Scheduler:
             room = sequence.table.capacity - start
             if not self._is_short:
                 room += self.cache.num_free_tokens
-            chunk = min(budget, sequence.prefill_end - start, room)
+            share = self._chunking.share(budget, num_prompts)
+            num_prompts -= 1
+            chunk = min(share, sequence.prefill_end - start, room)
             if chunk <= 0:
                 self._make_room()
             elif self._extend(plan, sequence, start + chunk):
                 self._plan_chunk(plan, entries, sequence, chunk)
                 budget -= chunk
         return budget
+
+    def _num_admissible(self) -> int:
+        """Return how many waiting prompts this plan may come to admit, at most."""
+        head = self._queue.head()
+        if self._is_short or head is None or not self._admission.may_look(head):
+            return 0
+        return min(self._queue.num_ready, self._rows.num_free)
 
     def _plan_chunk(
         self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], sequence: Sequence, chunk: int
@@ -277,6 +292,7 @@ class Scheduler:
 
     def _plan_admissions(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]], budget: int) -> int:
         """Admit in order until tokens, rows or pages run out; returns the tokens left."""
+        num_prompts = self._num_admissible()
         while budget > 0 and self._rows.has_free and not self._queue.is_closed:
             sequence = self._queue.head()
             if sequence is None or sequence.last_step > self._last_committed:
@@ -289,7 +305,8 @@ class Scheduler:
                 continue
             if not self._enable_chunked_prefill and not self._fits_whole(sequence, hit, budget):
                 break
-            chunk = self._admit(plan, sequence, hit, budget)
+            chunk = self._admit(plan, sequence, hit, self._chunking.share(budget, num_prompts))
+            num_prompts -= 1
             if not chunk:
                 break
             self._plan_chunk(plan, entries, sequence, chunk)

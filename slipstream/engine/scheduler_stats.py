@@ -21,3 +21,5 @@ class SchedulerStats:
     num_planned_tokens: int = 0
     executed_tokens: int = 0
     max_outstanding: int = 0
+    # Prompts that one step ran some of.
+    max_prompts_per_step: int = 0

@@ -28,6 +28,11 @@ class WaitingQueue:
         return self._size
 
     @property
+    def num_ready(self) -> int:
+        """Sequences that wait for nobody's work."""
+        return self._size - self._promises.num_parked
+
+    @property
     def is_closed(self) -> bool:
         """Whether so many are parked that a plan should look at no more of the queue."""
         return self._promises.num_parked >= self._max_parked

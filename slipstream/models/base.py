@@ -72,12 +72,16 @@ class Model(Protocol):
 def run_layers(
     layers: Iterable[Callable[[Tensor, ForwardBatch], Tensor]], x_TD: Tensor, batch: ForwardBatch
 ) -> Tensor:
-    """Run the layers in order and return the last one's [T, D]. Raises UnsupportedError for adapters.
+    """Run the layers in order and return the last one's [T, D].
+
+    Raises UnsupportedError for what this version does not serve: adapters, data-parallel ranks.
 
     Layers with a native form may run as few calls, which replace `x_TD` in place.
     """
     if batch.adapter_idx_T is not None:
         raise UnsupportedError("This version serves no adapters: leave adapter_idx_T of the batch unset.")
+    if batch.num_tokens_per_dp_rank is not None:
+        raise UnsupportedError("One data-parallel rank is served: leave num_tokens_per_dp_rank unset.")
     if isinstance(layers, BlockList):
         done_TD = layers.run_natively(x_TD, batch)
         if done_TD is not None:

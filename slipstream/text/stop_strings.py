@@ -45,6 +45,16 @@ class StopMatcher:
         self._held = text[cut:]
         return text[:cut], None
 
+    def skip(self, text: str) -> str:
+        """Return what is final of a text in which no stop ends; one that begins in it may end later."""
+        automaton = self._automaton
+        for character in text:
+            self._state = automaton.step(self._state, character)
+        text = self._held + text
+        cut = len(text) - automaton.depth[self._state]
+        self._held = text[cut:]
+        return text[:cut]
+
     def flush(self) -> str:
         """Return the text held back, now that no more will come."""
         held, self._held, self._state = self._held, "", 0

@@ -353,6 +353,7 @@ class Replica:
         enable_partial_reuse: bool = True,
         enable_chunked_prefill: bool = True,
         policy: str = "MAX_UTILIZATION",
+        chunking_policy: str = "FIRST_COME_FIRST_SERVED",
         event_buffer_max_size: int = 0,
     ) -> None:
         groups = resolve(declared, block_tokens=block_tokens, element_bytes=4)
@@ -369,6 +370,7 @@ class Replica:
             max_num_tokens=max_num_tokens,
             enable_chunked_prefill=enable_chunked_prefill,
             policy=policy,
+            chunking_policy=chunking_policy,
         )
         self.runner = FakeRunner(groups, num_pages)
         self.depth = depth

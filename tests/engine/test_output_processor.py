@@ -321,3 +321,26 @@ def test_a_sample_without_tokens_ranks_last(tokenizer: FastTokenizer) -> None:
     entry = TokenLogprobs(token_id=70, logprob=-9.0, rank=1, top=[])
     desk.processor.process([TokenEvent("r", 1, [70], logprobs=[entry], finish_reason="length")])
     assert [sample.token_ids for sample in desk.last.outputs] == [[70]]
+
+
+def test_a_stop_string_within_min_tokens_stays_in_the_text(tokenizer: FastTokenizer) -> None:
+    desk = Desk(tokenizer, stop=["q"], min_tokens=2, max_tokens=9)
+    # One token a letter: the second stop counts, the first does not.
+    assert desk.feed("xqzw") == []
+    assert desk.feed("qx") == [("r", 0)]
+    check_stream(desk.outputs)
+    sample = desk.last.outputs[0]
+    assert (sample.text, sample.stop_reason, len(sample.token_ids)) == ("xqzw", "q", 5)
+
+
+def test_a_stop_string_that_ends_past_min_tokens_counts(tokenizer: FastTokenizer) -> None:
+    desk = Desk(tokenizer, stop=["qzw"], min_tokens=3, max_tokens=9)
+    assert desk.feed("xqzw") == [("r", 0)]
+    assert (desk.last.outputs[0].text, desk.last.outputs[0].finish_reason) == ("x", "stop")
+
+
+def test_an_early_stop_string_is_not_lost_at_the_end(tokenizer: FastTokenizer) -> None:
+    desk = Desk(tokenizer, stop=["zw"], min_tokens=3, max_tokens=9)
+    assert desk.feed("xzw") == []
+    desk.end()
+    assert (desk.last.outputs[0].text, desk.last.outputs[0].finish_reason) == ("xzw", "length")

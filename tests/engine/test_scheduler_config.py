@@ -34,9 +34,13 @@ def test_unknown_policies_are_refused_with_the_valid_ones(given: object) -> None
         SchedulerConfig(capacity_scheduler_policy=given)
 
 
+def test_the_chunking_policy_arrives() -> None:
+    assert resolved(None).chunking_policy == "FIRST_COME_FIRST_SERVED"
+    for given in (ContextChunkingPolicy.EQUAL_PROGRESS, "EQUAL_PROGRESS"):
+        assert resolved(SchedulerConfig(context_chunking_policy=given)).chunking_policy == "EQUAL_PROGRESS"
+
+
 def test_policies_of_a_later_version_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="EQUAL_PROGRESS"):
-        SchedulerConfig(context_chunking_policy=ContextChunkingPolicy.EQUAL_PROGRESS)
     with pytest.raises(UnsupportedError, match="waiting_queue_policy"):
         SchedulerConfig(waiting_queue_policy="priority")
     with pytest.raises(UnsupportedError, match="dynamic_batch_config"):

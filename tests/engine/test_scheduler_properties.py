@@ -37,12 +37,14 @@ class Setup:
     partial: bool = True
     chunked: bool = True
     policy: str = "MAX_UTILIZATION"
+    chunking: str = "FIRST_COME_FIRST_SERVED"
 
 
 SETUPS = {
     "full": Setup(full()),
     "full-overlap": Setup(full(), depth=2, block_tokens=16),
     "full-deep": Setup(full(), depth=3),
+    "full-equal": Setup(full(), depth=2, chunking="EQUAL_PROGRESS"),
     "full-block-32": Setup(full(), depth=2, block_tokens=32),
     "full-no-reuse": Setup(full(), depth=2, reuse=False),
     "full-no-partial": Setup(full(), depth=2, partial=False),
@@ -52,6 +54,7 @@ SETUPS = {
     "hybrid-deep": Setup(hybrid(9), depth=3),
     "hybrid-block-16": Setup(hybrid(33), depth=2, block_tokens=16),
     "hybrid-no-reuse": Setup(hybrid(20), depth=2, reuse=False),
+    "hybrid-equal": Setup(hybrid(20), depth=2, chunking="EQUAL_PROGRESS"),
     "hybrid-no-partial": Setup(hybrid(20), depth=3, partial=False),
     "window-only": Setup(hybrid(12)[:1], depth=2),
 }
@@ -81,6 +84,7 @@ class Traffic:
             enable_partial_reuse=setup.partial,
             enable_chunked_prefill=setup.chunked,
             policy=setup.policy,
+            chunking_policy=setup.chunking,
             event_buffer_max_size=event_buffer_max_size,
         )
         self.prefixes = [self._tokens(rng.randrange(1, 50)) for _ in range(3)]

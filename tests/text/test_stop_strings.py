@@ -121,3 +121,19 @@ def test_building_is_linear_in_the_length_of_the_stops() -> None:
     stops = [chr(97 + i % 26) * 1000 + str(i) for i in range(64)]
     total = sum(map(len, stops))
     assert StopMatcher(stops)._automaton.num_moves <= 2 * total
+
+
+@pytest.mark.parametrize("cut", range(7))
+def test_what_is_skipped_may_begin_a_stop_but_not_end_one(cut):
+    text, stops = "abcabd", ["abc", "cab", "bd"]
+    matcher = StopMatcher(stops)
+    early = matcher.skip(text[:cut])
+    released, stop = matcher.feed(text[cut:])
+    # The first stop that is complete beyond the cut.
+    ends = {3: "abc", 5: "cab", 6: "bd"}
+    expected = next((place for place in ends if place > cut), None)
+    if expected is None:
+        assert stop is None and early + released + matcher.flush() == text
+    else:
+        assert stop == ends[expected]
+        assert early + released == text[: expected - len(stop)]
