@@ -22,9 +22,9 @@ class SamplingParams:
     `temperature=0` is greedy too. `max_tokens=None` fills the context. `seed=None` draws fresh randomness.
     `logprobs=k` returns the k most likely tokens of each position besides the sampled one, as raw
     log-softmax of the model's logits. `token_ids` of the output include the stop token that ended it, the
-    text does not unless `include_stop_str_in_output`. Until there are `min_tokens` no stop token is sampled, and
-    a stop string that is complete by then does not count. Requests wait in the order of (`priority`, arrival),
-    lower first; where pages run out, the last in that order gives way.
+    text does not unless `include_stop_str_in_output`. Until there are `min_tokens` no stop token is sampled,
+    and a stop string that is complete by then does not count. Requests wait in the order of (`priority`,
+    arrival), lower first; where pages run out, the last in that order gives way.
 
     `best_of` above `n` generates that many samples and returns the n with the largest sum of
     log-probabilities, likeliest first; a stream then shows nothing before its end. `bad` are texts that must
