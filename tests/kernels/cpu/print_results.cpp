@@ -1,5 +1,5 @@
-// What are the bits that this instruction set computes? A hash of packed weights and of products for each pair of
-// stored type and kind, from pseudo-random inputs that are the same everywhere.
+// What are the bits that this instruction set computes? A hash of packed weights and of products for each
+// pair of stored type and kind, from pseudo-random inputs that are the same everywhere.
 //
 // Compiled for two machines by test_instruction_sets_agree.py, which compares what they print.
 #include <cstdint>
@@ -94,10 +94,10 @@ void print_functions() {
 
 int main() {
   pool().resize(2);
-  const int pairs[][2] = {{kSourceF32, kF32},     {kSourceBF16, kBF16},   {kSourceF16, kF32},
-                          {kSourceQ4_0, kQ4Sym},  {kSourceQ4_1, kQ4Min},  {kSourceQ4_K, kQ4Min},
-                          {kSourceQ5_0, kQ5Sym},  {kSourceQ5_1, kQ5Min},  {kSourceQ5_K, kQ5Min},
-                          {kSourceQ6_K, kQ6},     {kSourceQ8_0, kQ8Group}, {kSourceF32, kQ8Group},
+  const int pairs[][2] = {{kSourceF32, kF32},    {kSourceBF16, kBF16},    {kSourceF16, kF32},
+                          {kSourceQ4_0, kQ4Sym}, {kSourceQ4_1, kQ4Min},   {kSourceQ4_K, kQ4Min},
+                          {kSourceQ5_0, kQ5Sym}, {kSourceQ5_1, kQ5Min},   {kSourceQ5_K, kQ5Min},
+                          {kSourceQ6_K, kQ6},    {kSourceQ8_0, kQ8Group}, {kSourceF32, kQ8Group},
                           {kSourceF32, kQ8Row}};
   for (const auto& pair : pairs) print_products(pair[0], pair[1]);
   print_functions();

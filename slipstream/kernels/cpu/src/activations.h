@@ -1,13 +1,14 @@
 // In what form do a step's activations meet the weights?
 //
-// Each token's row is cut into groups of 32; a group is its largest magnitude / 127 (the scale) times codes from
-// -127 to 127, rounded to nearest even. Also kept: scale x sum of the codes, which a minimum is multiplied
-// with, and the sums of both halves, from which the offset of a code is taken. Weights in floating point need
-// the rows themselves, which can be carried beside or instead of the codes.
-// Invariant: a token's numbers depend on its own row alone. A group that is not finite gets a NaN scale, so
-// that the damage shows in every result of that token and in no other's.
+// Each token's row is cut into groups of 32; a group is its largest magnitude / 127 (the scale) times codes
+// from -127 to 127, rounded to nearest even. Also kept: scale x sum of the codes, which a minimum is
+// multiplied with, and the sums of both halves, from which the offset of a code is taken. Weights in floating
+// point need the rows themselves, which can be carried beside or instead of the codes.
 // With several tokens, the codes of kTokens of them are interleaved, [column / 4][token][4], because a tile's
 // inner loop reads them in that order; their scales are [group][token] likewise.
+//
+// Invariant: a token's numbers depend on its own row alone. A group that is not finite gets a NaN scale, so
+// that the damage shows in every result of that token and in no other's.
 #pragma once
 
 #include <cstddef>
@@ -35,13 +36,15 @@ struct Activations {
     const size_t groups = num_groups(cols);
     const size_t padded_tokens = tokens == 1 ? 1 : (tokens + kTokens - 1) / kTokens * kTokens;
     size_t total = kAlignment;  // whatever the alignment of the memory
-    if (needs_codes) total += aligned(padded_tokens * groups * kGroup) + 3 * aligned(padded_tokens * groups * 4);
-    if (needs_rows) total += aligned(padded_tokens * groups * kGroup * 4);
+    const size_t count = padded_tokens * groups;
+    if (needs_codes) total += aligned(count * kGroup) + 3 * aligned(count * 4);
+    if (needs_rows) total += aligned(count * kGroup * 4);
     return total;
   }
 
   // Lays the record out in `memory`, which has bytes() of the same arguments and is not cleared.
-  static Activations carve(void* memory, int tokens, int cols, bool needs_rows = false, bool needs_codes = true) {
+  static Activations carve(void* memory, int tokens, int cols, bool needs_rows = false,
+                           bool needs_codes = true) {
     Activations made{};
     made.cols = cols;
     made.groups = num_groups(cols);
@@ -72,7 +75,8 @@ struct Activations {
   // Takes the 32 floats of one group; beyond `cols` they must be 0.
   SS_INLINE void quantize_group(const float* x, int token, int group) const {
     if (rows != nullptr) {
-      std::memcpy(rows + static_cast<size_t>(token) * padded_cols() + group * kGroup, x, kGroup * sizeof(float));
+      std::memcpy(rows + static_cast<size_t>(token) * padded_cols() + group * kGroup, x,
+                  kGroup * sizeof(float));
     }
     if (codes != nullptr) encode(x, token, group);
   }

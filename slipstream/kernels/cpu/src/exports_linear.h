@@ -26,9 +26,10 @@ SS_EXPORT size_t ss_matrix_bytes(int32_t kind, int32_t rows, int32_t cols) {
   return slipstream::is_known_kind(kind) ? slipstream::matrix_bytes(kind, rows, cols) : 0;
 }
 
-// Packs `num_rows` rows of `source` (slipstream::Source), padded to whole tiles, into ss_matrix_bytes at `out`.
-// Returns slipstream::PackStatus.
-SS_EXPORT int32_t ss_pack(int32_t kind, int32_t source, const void* rows, int32_t num_rows, int32_t cols, void* out) {
+// Packs `num_rows` rows of `source` (slipstream::Source), padded to whole tiles, into ss_matrix_bytes at
+// `out`. Returns slipstream::PackStatus.
+SS_EXPORT int32_t ss_pack(int32_t kind, int32_t source, const void* rows, int32_t num_rows, int32_t cols,
+                          void* out) {
   using namespace slipstream;
   const PackStatus status = check_pack(kind, source, cols);
   if (status != kPacked) return status;
@@ -52,14 +53,14 @@ SS_EXPORT size_t ss_linear_scratch_bytes(int32_t kind, int32_t cols, int32_t tok
 }
 
 // y [tokens, rows] = x [tokens, cols] times the matrix's rows, plus `bias` [rows] unless it is null.
-SS_EXPORT void ss_linear(const slipstream::Matrix* matrix, const float* x, float* y, int32_t tokens, const float* bias,
-                         void* scratch) {
+SS_EXPORT void ss_linear(const slipstream::Matrix* matrix, const float* x, float* y, int32_t tokens,
+                         const float* bias, void* scratch) {
   if (tokens > 0) slipstream::linear(*matrix, x, y, tokens, bias, scratch);
 }
 
 // out [tokens, cols] = `scale` x rows `ids`. Returns 0, or 1 where an id is no row, with nothing written.
-SS_EXPORT int32_t ss_embedding(const slipstream::Matrix* matrix, const int64_t* ids, int32_t tokens, float scale,
-                               float* out) {
+SS_EXPORT int32_t ss_embedding(const slipstream::Matrix* matrix, const int64_t* ids, int32_t tokens,
+                               float scale, float* out) {
   for (int32_t i = 0; i < tokens; ++i) {
     if (ids[i] < 0 || ids[i] >= matrix->rows) return 1;
   }

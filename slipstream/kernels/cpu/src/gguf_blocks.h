@@ -97,8 +97,9 @@ inline void read_simple_group(int source, const uint8_t* block, GroupCodes& grou
   if (has_fifth_bits) add_fifth_bits(block, group.codes);
 }
 
-// Q4_K, Q5_K: the 6-bit factors of 8 scales and 8 minima in 12 bytes. The first four of each are the low 6 bits
-// of bytes 0 to 3 and 4 to 7; of the others, the low 4 bits are in bytes 8 to 11, the high 2 on top of the first.
+// Q4_K, Q5_K: the 6-bit factors of 8 scales and 8 minima in 12 bytes. The first four of each are the low 6
+// bits of bytes 0 to 3 and 4 to 7; of the others, the low 4 bits are in bytes 8 to 11, the high 2 on top of
+// the first.
 inline void read_factors(const uint8_t* packed, int index, int& scale, int& minimum) {
   if (index < 4) {
     scale = packed[index] & 63;
@@ -115,8 +116,8 @@ inline float read_half(const uint8_t* p) {
   return half_bits_to_float(bits);
 }
 
-// Q4_K, Q5_K: groups 2i and 2i + 1 share 32 bytes, in their low and high halves; bit i of 32 bytes is the fifth
-// bit of group i.
+// Q4_K, Q5_K: groups 2i and 2i + 1 share 32 bytes, in their low and high halves; bit i of 32 bytes is the
+// fifth bit of group i.
 inline void read_k_group(int source, const uint8_t* block, int index, GroupCodes& group) {
   int scale, minimum;
   read_factors(block + 4, index, scale, minimum);
@@ -130,8 +131,8 @@ inline void read_k_group(int source, const uint8_t* block, int index, GroupCodes
   for (int i = 0; i < kGroup; ++i) group.codes[i] |= (block[16 + i] >> index & 1) << 4;
 }
 
-// Q6_K: 128 low nibbles, 64 bytes of two high bits, 16 signed factors, the scale. Each half of 128 columns has
-// 64 bytes of nibbles (groups 0 and 1 low, 2 and 3 high) and 32 bytes of high bits, two a group.
+// Q6_K: 128 low nibbles, 64 bytes of two high bits, 16 signed factors, the scale. Each half of 128 columns
+// has 64 bytes of nibbles (groups 0 and 1 low, 2 and 3 high) and 32 bytes of high bits, two a group.
 inline void read_q6_k_group(const uint8_t* block, int index, GroupCodes& group) {
   const int half = index / 4, quarter = index % 4;
   const uint8_t* nibbles = block + half * 64 + quarter % 2 * 32;

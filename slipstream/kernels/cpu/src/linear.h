@@ -1,7 +1,7 @@
 // How is a whole matrix multiplied, looked up in, or searched for its greatest column?
 //
-// Each function is the part of one thread of a body that all threads of the pool run. Work is split by tiles of
-// weights, so that every weight is read by one thread; a tile stays in its cache while all tokens pass.
+// Each function is the part of one thread of a body that all threads of the pool run. Work is split by tiles
+// of weights, so that every weight is read by one thread; a tile stays in its cache while all tokens pass.
 #pragma once
 
 #include <cmath>
@@ -83,7 +83,8 @@ inline size_t linear_scratch_bytes(int kind, int cols, int tokens) {
   return Activations::bytes(tokens, cols, is_float_kind(kind), !is_float_kind(kind));
 }
 
-inline void linear(const Matrix& matrix, const float* x, float* y, int tokens, const float* bias, void* scratch) {
+inline void linear(const Matrix& matrix, const float* x, float* y, int tokens, const float* bias,
+                   void* scratch) {
   const bool is_float = is_float_kind(matrix.kind);
   const Activations carried = Activations::carve(scratch, tokens, matrix.cols, is_float, !is_float);
   Pool& threads_of_process = pool();
@@ -128,13 +129,15 @@ inline void dequantize_row(const Matrix& matrix, int row, float* out) {
     for (int column = 0; column < matrix.cols; ++column) {
       // The upper half of a float is a bfloat16.
       uint32_t bits = 0;
-      std::memcpy(reinterpret_cast<uint8_t*>(&bits) + 4 - size, tile + (column * size_t{kTileRows} + place) * size, size);
+      std::memcpy(reinterpret_cast<uint8_t*>(&bits) + 4 - size,
+                  tile + (column * size_t{kTileRows} + place) * size, size);
       std::memcpy(out + column, &bits, 4);
     }
     return;
   }
   const int whole = matrix.cols / kGroup;
-  for (int group = 0; group < whole; ++group) dequantize_group(matrix, tile, place, group, out + group * kGroup);
+  for (int group = 0; group < whole; ++group)
+    dequantize_group(matrix, tile, place, group, out + group * kGroup);
   if (whole * kGroup == matrix.cols) return;
   float rest[kGroup];
   dequantize_group(matrix, tile, place, whole, rest);

@@ -1,11 +1,12 @@
 // How does a tile of 16 rows meet a few tokens?
 //
-// The inner loop multiplies codes with codes in integers and applies scales once a group. Kinds differ in how a
-// quad of 4 columns is unpacked (Nibbles, FiveBits, SixBits, SignedBytes) and in what a scale covers (Format);
-// instruction sets differ in simd.h; the loops are the same.
-// Invariant: integer sums are exact, and the groups of one (row, token) are added in ascending order by the same
-// fused operations in every instance, so that a token's result does not depend on how many tokens are computed
-// with it, on its place among them, on the thread, or on the instruction set.
+// The inner loop multiplies codes with codes in integers and applies scales once a group. Kinds differ in how
+// a quad of 4 columns is unpacked (Nibbles, FiveBits, SixBits, SignedBytes) and in what a scale covers
+// (Format); instruction sets differ in simd.h; the loops are the same.
+//
+// Invariant: integer sums are exact, and the groups of one (row, token) are added in ascending order by the
+// same fused operations in every instance, so that a token's result does not depend on how many tokens are
+// computed with it, on its place among them, on the thread, or on the instruction set.
 #pragma once
 
 #include <cstddef>
@@ -112,12 +113,14 @@ SS_INLINE void add_quads(const uint8_t* codes, const int8_t* x, Integers (&total
       }
     }
     SS_UNROLL
-    for (int t = 0; t < kNum; ++t) totals[t] = start == kFirst ? sums[t].total() : totals[t] + sums[t].total();
+    for (int t = 0; t < kNum; ++t) {
+      totals[t] = start == kFirst ? sums[t].total() : totals[t] + sums[t].total();
+    }
   }
 }
 
-// The running sums of a tile, [token][row]. With 16 vector registers they stay in memory, on purpose: the
-// integer sums need the registers, and a group loads and stores these once.
+// The running sums of a tile, [token][row]. Where they and the integer sums would fill more than half of the
+// registers they stay in memory, on purpose: a group loads and stores them once, the integers many times.
 template <int kNum>
 struct Totals {
   static constexpr bool kInMemory = 4 * kNum > kRegisterVectors;
@@ -157,7 +160,8 @@ template <class Format, int kNum, int kRun, int kFirst, int kCount>
 SS_INLINE void add_scaled(const TileJob& job, const uint8_t* codes, const uint16_t* scale, int group,
                           Totals<kNum>& totals) {
   Integers sums[kNum];
-  add_quads<typename Format::Codes, kNum, kRun, kFirst, kCount>(codes, job.x_codes + group * 8 * kRun * 4, sums);
+  const int8_t* x_codes = job.x_codes + group * 8 * kRun * 4;
+  add_quads<typename Format::Codes, kNum, kRun, kFirst, kCount>(codes, x_codes, sums);
   const Floats weight_scale = Format::kScales == 0 ? Floats::set(1.0f) : Floats::load_half(scale);
   const Floats minimum = has_minima(Format::kKind) ? Floats::load_half(scale + kTileRows) : weight_scale;
   constexpr int kOffset = Format::kOffset;

@@ -1,22 +1,26 @@
 // How do the weights of a linear layer lie in memory?
 //
-// A matrix [rows, cols] is a run of tiles of 16 rows; the last one is padded with zeros, and so are columns up
-// to a multiple of 32. In a tile, codes come first and scales after them:
-//   codes   for each group of 32 columns, 8 quads of 4 columns; a quad is 16 rows x 4 codes, so that one vector
-//           meets 4 codes of a token. Codes of 4 bits pair quads 2i (low bits) and 2i + 1 (high bits) in 64
-//           bytes. Bit 4 of 5-bit codes: 64 bytes, bit i of each for quad i. Bits 4 and 5 of 6-bit codes: 128
-//           bytes, the first 64 for quads 0 to 3 and the others for 4 to 7, two bits each.
-//   scales  for each group, 16 half floats; then 16 minima, or the scales of the second 16 columns.
-// Invariant: one layout for every instruction set, every quad 64-byte aligned, every kind read in one pass.
-// The types of GGUF are those of ggml's block structures as the GGUF specification lists them; a weight is
-//   kQ4Sym, kQ5Sym  scale x (code - 8 or 16)         Q4_0, Q5_0
-//   kQ4Min, kQ5Min  scale x code + min               Q4_1, Q5_1; Q4_K, Q5_K
+// A matrix [rows, cols] is a run of tiles of 16 rows; the last one is padded with zeros, and so are columns
+// up to a multiple of 32. In a tile, codes come first and scales after them:
+//   codes   For each group of 32 columns, 8 quads of 4 columns. A quad is 16 rows x 4 codes, so that one
+//           vector meets 4 codes of a token. Codes of 4 bits: 64 bytes hold quads 2i (low bits) and 2i + 1
+//           (high bits). Bit 4 of 5-bit codes: 64 bytes, bit i of each for quad i. Bits 4 and 5 of 6-bit
+//           codes: 128 bytes, the first 64 for quads 0 to 3 and the others for 4 to 7, two bits each.
+//   scales  For each group, 16 half floats; then 16 minima, or the scales of the second 16 columns.
+// A weight is, by the type that GGUF names for it,
+//   kQ4Sym, kQ5Sym  scale x (code - 8 or 16)             Q4_0, Q5_0
+//   kQ4Min, kQ5Min  scale x code + minimum               Q4_1, Q5_1; Q4_K, Q5_K
 //   kQ6             scale of 16 columns x (code - 32)    Q6_K
-//   kQ8Group        scale x code                     Q8_0
-//   kQ8Row          scale of the row x code          float checkpoints
-//   kF32, kBF16     itself: [column][row], no groups
-// The K types hold two-level scales; their products (scale x 6- or 8-bit factor) are rounded to half precision
-// here, a relative error of at most 2^-11 where the quantisation itself has one of 2^-5 to 2^-7.
+//   kQ8Group        scale x code                         Q8_0
+//   kQ8Row          scale of the row x code              floats
+//   kF32, kBF16     itself, [column][row]                floats
+// The K types hold two-level scales. Their products (scale x 6- or 8-bit factor) are rounded to half floats
+// here, an error of at most 2^-11 of them, where quantisation itself moves weights by 2^-5 to 2^-7 of a
+// group's range.
+//
+// Invariant: one layout for every instruction set; every quad is 64-byte aligned, and a tile is read once,
+// front to back.
+// Source of the stored types: ggml's block structures, as the GGUF specification lists them.
 #pragma once
 
 #include <cstddef>
@@ -85,7 +89,9 @@ constexpr size_t tile_bytes(int kind, int cols) {
   return code_bytes(kind, cols) + (scales + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-constexpr size_t matrix_bytes(int kind, int rows, int cols) { return num_tiles(rows) * tile_bytes(kind, cols); }
+constexpr size_t matrix_bytes(int kind, int rows, int cols) {
+  return num_tiles(rows) * tile_bytes(kind, cols);
+}
 
 constexpr bool is_float_kind(int kind) { return kind == kF32 || kind == kBF16; }
 constexpr bool is_known_kind(int kind) { return kind >= 0 && kind < kNumKinds; }
@@ -105,6 +111,8 @@ inline int code_at(int kind, const uint8_t* codes, int column) {
   return code;
 }
 
+// A minimum or a second scale stands beside each scale.
+constexpr bool has_two_halves(int kind) { return group_scale_bytes(kind) == kTileRows * 4; }
 constexpr bool has_minima(int kind) { return kind == kQ4Min || kind == kQ5Min; }
 
 }  // namespace slipstream

@@ -5,6 +5,7 @@
 // Invariant: codes are those of the checkpoint, unchanged; only floats are quantised here.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -49,8 +50,8 @@ inline bool is_float_source(int source) {
 inline PackStatus check_pack(int kind, int source, int cols) {
   if (!is_known_kind(kind)) return kUnknownKind;
   if (is_float_source(source)) {
-    const bool holds = kind == kF32 || kind == kQ8Row || kind == kQ8Group || (kind == kBF16 && source == kSourceBF16);
-    return holds ? kPacked : kUnsupportedSource;
+    if (kind == kBF16) return source == kSourceBF16 ? kPacked : kUnsupportedSource;
+    return kind == kF32 || kind == kQ8Row || kind == kQ8Group ? kPacked : kUnsupportedSource;
   }
   if (native_kind(source) != kind) return kUnsupportedSource;
   return cols % source_block_cols(source) == 0 ? kPacked : kPartialBlock;
@@ -92,7 +93,7 @@ inline void write_codes(int kind, const GroupCodes& group, int row, uint8_t* out
 
 inline void write_scales(int kind, const GroupCodes& group, int row, uint8_t* scales) {
   std::memcpy(scales + row * 2, &group.scale, 2);
-  if (group_scale_bytes(kind) == kTileRows * 4) std::memcpy(scales + kTileRows * 2 + row * 2, &group.second, 2);
+  if (has_two_halves(kind)) std::memcpy(scales + kTileRows * 2 + row * 2, &group.second, 2);
 }
 
 inline void read_floats(int source, const uint8_t* row, int first, int count, float* out) {
@@ -118,8 +119,8 @@ inline void encode_signed(const float* x, float scale, uint8_t* codes) {
   if (!(scale > 0.0f)) return;
   const float inverse = 1.0f / scale;
   for (int i = 0; i < kGroup; ++i) {
-    const float code = std::nearbyint(x[i] * inverse);
-    codes[i] = static_cast<uint8_t>(static_cast<int8_t>(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code));
+    const float code = std::max(-127.0f, std::min(127.0f, std::nearbyint(x[i] * inverse)));
+    codes[i] = static_cast<uint8_t>(static_cast<int8_t>(code));
   }
 }
 
@@ -135,7 +136,7 @@ inline float largest_magnitude(const float* x, int count, float largest = 0.0f) 
   return largest;
 }
 
-// One row of floats to symmetric codes of 8 bits. The functions that pack a row say whether all of it is finite.
+// One row of floats to symmetric codes of 8 bits. What packs a row returns whether all of it is finite.
 inline bool pack_signed_row(int kind, int source, const uint8_t* row, int cols, int place, uint8_t* tile) {
   float x[kGroup];
   float row_scale = 0.0f;
@@ -193,14 +194,14 @@ inline bool pack_row(int kind, int source, const uint8_t* row, int cols, int pla
   if (is_float_kind(kind)) return pack_float_row(kind, source, row, cols, place, tile);
   if (is_float_source(source)) return pack_signed_row(kind, source, row, cols, place, tile);
   uint8_t* scales = tile + code_bytes(kind, cols);
-  const bool has_two_scales = group_scale_bytes(kind) == kTileRows * 4;
   bool is_finite = true;
   GroupCodes group;
   for (int i = 0; i < num_groups(cols); ++i) {
     read_group(source, row, i, group);
     write_codes(kind, group, place, tile + i * group_code_bytes(kind));
     write_scales(kind, group, place, scales + i * group_scale_bytes(kind));
-    is_finite = is_finite && is_finite_half(group.scale) && (!has_two_scales || is_finite_half(group.second));
+    if (!is_finite_half(group.scale)) is_finite = false;
+    if (has_two_halves(kind) && !is_finite_half(group.second)) is_finite = false;
   }
   return is_finite;
 }

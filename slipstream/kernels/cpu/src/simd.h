@@ -1,12 +1,12 @@
-// How does one vector type cover AVX2, AVX-512 and NEON? 16 lanes everywhere, in as many registers as it takes.
+// How does one vector type cover AVX2, AVX-512 and NEON? 16 lanes, in as many registers as they take.
 //
-// Invariant: an operation does to a lane what it does to it on every other instruction set, and sums over lanes
-// follow one fixed tree (i with i + 8, then 4, 2, 1), so that results are the same to the bit on all of them.
-// A file per instruction set holds the registers; what is composed of those operations stands here:
+// Invariant: an operation does to a lane what it does to it on every other instruction set, and sums over
+// lanes follow one fixed tree (i with i + 8, then 4, 2, 1), so that results are the same to the bit on all of
+// them. A file per instruction set holds the registers; what is composed of those operations stands here:
 //   Floats        16 floats: arithmetic, conversions, rounding, sums and maxima over lanes
 //   Integers      16 sums of 32 bits
 //   Bytes, Quad   the codes of a weight tile and of a token; UnsignedSums and SignedSums multiply them
-// and kTokens, the most tokens that meet a tile at once; kRegisterVectors, how many of these the registers hold.
+// kTokens is the most tokens that meet a tile at once, kRegisterVectors how many Floats the registers hold.
 #pragma once
 
 #include <cstddef>
@@ -37,8 +37,8 @@ namespace slipstream {
 constexpr int kLanes = 16;
 
 // e^x to about 2 units in the last place: 0 below -87.33, 2.4e38 above 88.37, NaN for NaN.
-// e^x = 2^n e^r with |r| <= ln 2 / 2; ln 2 in two parts keeps r exact, and the Taylor terms up to r^7 / 7! leave
-// an error of 2e-8 / 4.
+// e^x = 2^n e^r with |r| <= ln 2 / 2; ln 2 in two parts keeps r exact, and the Taylor terms up to r^7 / 7!
+// leave an error of 7e-9.
 SS_INLINE Floats exp(Floats x) {
   const Floats lowest = Floats::set(-87.33f);
   // Operands in this order: where x is NaN, x86 returns the second one.

@@ -1,7 +1,8 @@
 // What do 16 lanes look like on AVX2? Two registers of 256 bits each.
 //
-// The interface is that of simd.h; lane i of every type is row i of a weight tile. There are only 16 registers
-// and no dot product of bytes: products of two bytes are added in 16 bits, as often as that is exact.
+// The interface is that of simd.h; lane i of every type is row i of a weight tile. There are only 16
+// registers and no dot product of bytes: products of two bytes are added in 16 bits, as often as that is
+// exact.
 #pragma once
 
 #include <immintrin.h>
@@ -14,7 +15,8 @@ namespace slipstream {
 constexpr int kTokens = 6;
 constexpr int kRegisterVectors = 8;
 
-// Stops the compiler from moving `v` to the stack and back around every use, which GCC 12 does to accumulators.
+// Stops the compiler from moving `v` to the stack and back around every use, which GCC 12 does to
+// accumulators.
 SS_INLINE void keep_in_register(__m256i& v) { asm volatile("" : "+x"(v)); }
 
 struct Floats {
@@ -30,7 +32,8 @@ struct Floats {
     const __m128i* halves = reinterpret_cast<const __m128i*>(p);
     const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves));
     const __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves + 1));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
   }
   SS_INLINE void store(float* p) const {
     _mm256_storeu_ps(p, low);
@@ -100,8 +103,8 @@ SS_INLINE float horizontal_max(Floats a) {
 SS_INLINE uint32_t largest_magnitude_bits(Floats a, Floats b) {
   const __m256i no_sign = _mm256_set1_epi32(0x7fffffff);
   const auto bits = [no_sign](__m256 v) { return _mm256_and_si256(_mm256_castps_si256(v), no_sign); };
-  const __m256i by_8 =
-      _mm256_max_epi32(_mm256_max_epi32(bits(a.low), bits(a.high)), _mm256_max_epi32(bits(b.low), bits(b.high)));
+  const __m256i by_8 = _mm256_max_epi32(_mm256_max_epi32(bits(a.low), bits(a.high)),
+                                        _mm256_max_epi32(bits(b.low), bits(b.high)));
   const __m128i by_4 = _mm_max_epi32(_mm256_castsi256_si128(by_8), _mm256_extracti128_si256(by_8, 1));
   const __m128i by_2 = _mm_max_epi32(by_4, _mm_shuffle_epi32(by_4, 0x4E));
   const __m128i last = _mm_max_epi32(by_2, _mm_shuffle_epi32(by_2, 0xB1));
@@ -167,7 +170,8 @@ struct Quad {
 };
 
 // Sums of (code from 0 to max_code) x (activation from -127 to 127), two neighbours at once in 16 bits. Exact
-// for max_steps(max_code) steps: 8 x 2 x 15 x 127 = 30480, 4 x 2 x 31 x 127 = 31496, 2 x 2 x 63 x 127 = 32004.
+// for max_steps(max_code) steps: 8 x 2 x 15 x 127 = 30480, 4 x 2 x 31 x 127 = 31496, 2 x 2 x 63 x 127 =
+// 32004.
 struct UnsignedSums {
   __m256i low, high;
 
@@ -186,8 +190,8 @@ struct UnsignedSums {
   }
 };
 
-// Sums of (code from -128 to 127) x (activation from -127 to 127). The multiplication wants one side unsigned:
-// |w| x (x with the sign of w); a pair is at most 2 x 128 x 127 = 32512.
+// Sums of (code from -128 to 127) x (activation from -127 to 127). The multiplication wants one side
+// unsigned: |w| x (x with the sign of w); a pair is at most 2 x 128 x 127 = 32512.
 struct SignedSums {
   __m256i low, high;
 
@@ -199,7 +203,9 @@ struct SignedSums {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x.bytes, codes));
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
-  static SS_INLINE SignedSums first(Bytes codes, Quad x) { return {product(codes.low, x), product(codes.high, x)}; }
+  static SS_INLINE SignedSums first(Bytes codes, Quad x) {
+    return {product(codes.low, x), product(codes.high, x)};
+  }
   SS_INLINE void add(Bytes codes, Quad x) {
     low = _mm256_add_epi32(low, product(codes.low, x));
     high = _mm256_add_epi32(high, product(codes.high, x));

@@ -1,7 +1,7 @@
 // What do 16 lanes look like on AVX-512 with VNNI? One register of 512 bits, of which there are 32.
 //
-// The interface is that of simd.h; lane i of every type is row i of a weight tile. One instruction multiplies 64
-// unsigned bytes with 64 signed ones and adds them by fours into 32 bits, which cannot overflow here.
+// The interface is that of simd.h; lane i of every type is row i of a weight tile. One instruction multiplies
+// 64 unsigned bytes with 64 signed ones and adds them by fours into 32 bits, which cannot overflow here.
 #pragma once
 
 #include <immintrin.h>
@@ -134,7 +134,8 @@ struct UnsignedSums {
   SS_INLINE Integers total() const { return {lanes}; }
 };
 
-// The multiplication wants the weights unsigned: w + 128 is, and 128 x the sum of the activations is taken off.
+// The multiplication wants the weights unsigned: w + 128 is, and 128 x the sum of the activations is taken
+// off.
 struct SignedSums : UnsignedSums {
   static constexpr int kBias = 128;
 

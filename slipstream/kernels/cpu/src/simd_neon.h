@@ -1,8 +1,8 @@
 // What do 16 lanes look like on 64-bit Arm? Four registers of 128 bits, of which there are 32.
 //
-// The interface is that of simd.h; lane i of every type is row i of a weight tile. With the dot-product extension
-// one instruction multiplies 16 signed bytes with 16 others and adds them by fours into 32 bits; without it
-// products are added in two steps.
+// The interface is that of simd.h; lane i of every type is row i of a weight tile. With the dot-product
+// extension one instruction multiplies 16 signed bytes with 16 others and adds them by fours into 32 bits;
+// without it products are added in two steps.
 #pragma once
 
 #include <arm_neon.h>
@@ -26,9 +26,10 @@ struct Floats {
     return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
   }
   static SS_INLINE Floats load_half(const uint16_t* p) {
-    const float16x8_t low = vreinterpretq_f16_u16(vld1q_u16(p)), high = vreinterpretq_f16_u16(vld1q_u16(p + 8));
-    return {{vcvt_f32_f16(vget_low_f16(low)), vcvt_f32_f16(vget_high_f16(low)), vcvt_f32_f16(vget_low_f16(high)),
-             vcvt_f32_f16(vget_high_f16(high))}};
+    const float16x8_t low = vreinterpretq_f16_u16(vld1q_u16(p)),
+                      high = vreinterpretq_f16_u16(vld1q_u16(p + 8));
+    return {{vcvt_f32_f16(vget_low_f16(low)), vcvt_f32_f16(vget_high_f16(low)),
+             vcvt_f32_f16(vget_low_f16(high)), vcvt_f32_f16(vget_high_f16(high))}};
   }
   static SS_INLINE Floats load_bfloat(const uint16_t* p) {
     Floats made;
