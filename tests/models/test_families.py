@@ -1,4 +1,7 @@
-"""Do Mistral, Qwen2, Qwen3 and GPT-J say what transformers' say, from either format, in every variant?"""
+"""Does each family say what transformers' says, from either format, in every variant? One table for all.
+
+What only one family has (windows that drop blocks, wrong fields of its configuration) is in its own file.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from slipstream.core.sampling_params import SamplingParams
 from slipstream.layers.linear import Linear
 from slipstream.llm import LLM
 from slipstream.models.registry import ARCHITECTURES
+from slipstream.parallel.mesh import Mesh
+from slipstream.quant.unquantized import Unquantized
 from tests.models.families import FAMILIES
 from tests.models.gguf_twins import write_gguf
 from tests.models.harness import PagedRunner
@@ -30,20 +35,30 @@ from tests.models.parity import (
 from tests.models.twins import (
     hf_logits,
     load,
+    make_gemma3,
     make_gptj,
+    make_llama,
     make_mistral,
     make_qwen2,
     make_qwen3,
     save,
 )
 
-HERE = ("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPTJForCausalLM")
+# GGUF has no key for Gemma's score scale: converters rely on the head size, so the twin must use it too.
+OF_GGUF: dict[str, dict[str, Any]] = {"Gemma3ForCausalLM": {"query_pre_attn_scalar": 32}}
+# Two key-value heads at least, for two ranks to share.
+OF_TWO_RANKS: dict[str, dict[str, Any]] = {"Gemma3ForCausalLM": {"num_key_value_heads": 2}}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
-@pytest.fixture(scope="module", params=HERE)
-def twin(request: pytest.FixtureRequest) -> Any:
-    return FAMILIES[request.param]()
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def twin(family: str) -> Any:
+    return FAMILIES[family]()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +90,8 @@ def test_the_engine_says_the_same(greedy: list[int], folder: Path) -> None:
     assert first.error is None and first.outputs[0].token_ids == greedy
 
 
-def test_gguf_twin_matches(twin: Any, tmp_path: Path) -> None:
+def test_gguf_twin_matches(family: str, tmp_path: Path) -> None:
+    twin = FAMILIES[family](**OF_GGUF.get(family, {}))
     ours = load(write_gguf(twin, tmp_path / "model.gguf"))
     assert_same_logits(ours, twin, chunk=7)
 
@@ -113,8 +129,24 @@ def test_bfloat16_stays_near_float32(twin: Any, folder: Path) -> None:
     prompt = prompt_of(20)
     ours = load(folder, dtype=torch.bfloat16)
     given = PagedRunner(ours, kv_dtype=torch.bfloat16).logits(prompt, chunk=7)
-    # bfloat16 keeps 8 bits: 0.4% a step, several percent over 3 layers drawn this wide.
-    assert relative_error(given, hf_logits(twin, prompt)) < 0.15
+    # bfloat16 keeps 8 bits: 0.4% a step, several percent over 3 layers drawn this wide, or 7 of raised norms.
+    assert relative_error(given, hf_logits(twin, prompt)) < (0.2 if ours.config.num_layers > 3 else 0.15)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_tensor_ranks_hold_half_each(family: str, rank: int) -> None:
+    cls = ARCHITECTURES.get(family)
+    config = cls.Config.from_hf(FAMILIES[family](**OF_TWO_RANKS.get(family, {})).config.to_dict())
+
+    def parameters(mesh: Mesh) -> dict[str, int]:
+        model = cls(config, mesh=mesh, quant=Unquantized(), dtype=torch.float32, device="cpu")
+        return {name: parameter.nbytes for name, parameter in model.named_parameters()}
+
+    whole = parameters(Mesh())
+    # Norms, and the bias that is added once all ranks' parts are summed, are whole on every rank.
+    replicated = sum(size for name, size in whole.items() if "norm" in name or "down.bias" in name)
+    held = parameters(Mesh(tp_size=2, tp_rank=rank))
+    assert sum(held.values()) <= sum(whole.values()) / 2 + replicated
 
 
 @pytest.mark.parametrize("window", [1, 8, 60, None])
@@ -134,6 +166,35 @@ def test_windows_of_mistral_match(tmp_path: Path, window: int | None) -> None:
 
 
 VARIANTS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (
+        make_llama,
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    (make_llama, {"attention_bias": True, "mlp_bias": True}),
+    (
+        make_llama,
+        {
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+        },
+    ),
+    (make_llama, {"hidden_act": "gelu_pytorch_tanh", "head_dim": 24}),
+    (make_gemma3, {"final_logit_softcapping": 3.0}),
+    (make_gemma3, {"attention_bias": True}),
+    (make_gemma3, {"num_key_value_heads": 2, "hidden_activation": "silu"}),
+    (
+        make_gemma3,
+        {"layer_types": ["full_attention", "sliding_attention"] * 3, "num_hidden_layers": 6},
+    ),
+    (
+        make_gemma3,
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            }
+        },
+    ),
     (make_mistral, {"head_dim": None, "num_key_value_heads": 4, "sliding_window": None}),
     (make_mistral, {"tie_word_embeddings": True, "rope_parameters": dict(YARN)}),
     (make_qwen2, {"tie_word_embeddings": True, "num_key_value_heads": 1}),

@@ -9,14 +9,11 @@ import pytest
 import torch
 
 from slipstream.core.errors import CheckpointError
-from slipstream.layers.linear import Linear
 from slipstream.models.gemma3 import Gemma3, Gemma3Config
 from slipstream.parallel.mesh import Mesh
 from slipstream.quant.unquantized import Unquantized
-from tests.models.gguf_twins import write_gguf
 from tests.models.harness import PagedRunner
 from tests.models.parity import (
-    CHUNKS,
     assert_same_greedy,
     assert_same_logits,
     prompt_of,
@@ -46,21 +43,10 @@ def greedy(twin: Any) -> list[int]:
     return separated_greedy(twin)
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_output_matches_while_blocks_go_stale(twin: Any, greedy: list[int], folder: Path, chunk: int) -> None:
-    ours = load(folder)
-    assert_same_logits(ours, twin, chunk=chunk)
-    runner = assert_same_greedy(ours, greedy, chunk=chunk)
+def test_blocks_go_stale_while_the_output_matches(greedy: list[int], folder: Path) -> None:
+    runner = assert_same_greedy(load(folder), greedy, chunk=7)
     # 37 + 64 and 5 + 64 positions, a window of 8 and blocks of 4: all but a few blocks were dropped.
     assert runner.num_stale > 30
-
-
-@pytest.mark.parametrize("part", ["input_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm"])
-def test_one_changed_norm_is_seen(twin: Any, folder: Path, part: str) -> None:
-    ours = load(folder)
-    getattr(ours.layers[2], part).weight.data[7] += 0.5
-    with pytest.raises(AssertionError):
-        assert_same_logits(ours, twin, chunk=7)
 
 
 def test_a_wrong_window_is_seen(twin: Any, folder: Path, hf_config: dict[str, Any]) -> None:
@@ -70,33 +56,6 @@ def test_a_wrong_window_is_seen(twin: Any, folder: Path, hf_config: dict[str, An
     wrong.load_state_dict(ours.state_dict())
     with pytest.raises(AssertionError):
         assert_same_logits(wrong, twin, chunk=7)
-
-
-def test_gguf_twin_matches(twin: Any, tmp_path: Path) -> None:
-    # GGUF has no key for the score scale: converters rely on the head size, so the twin must use it too.
-    plain = make_gemma3(query_pre_attn_scalar=32)
-    assert_same_logits(load(write_gguf(plain, tmp_path / "gemma3.gguf")), plain, chunk=7)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"final_logit_softcapping": 3.0},
-        {"attention_bias": True},
-        {"num_key_value_heads": 2, "hidden_activation": "silu"},
-        {"layer_types": ["full_attention", "sliding_attention"] * 3, "num_hidden_layers": 6},
-        {
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
-            }
-        },
-    ],
-    ids=["softcap", "bias", "silu", "layer-types", "rope"],
-)
-def test_variants_match(tmp_path: Path, changes: dict[str, Any]) -> None:
-    twin = make_gemma3(**changes)
-    assert_same_logits(load(save(twin, tmp_path / "model")), twin, chunk=7)
 
 
 def test_older_spelling_of_the_configuration_reads_the_same(hf_config: dict[str, Any]) -> None:
@@ -132,33 +91,6 @@ def test_groups_follow_the_pattern_of_layers(folder: Path) -> None:
     local, rest = load(folder).cache_groups()
     assert (local.kind, local.window, local.layers) == ("window", 8, (0, 1, 2, 3, 4, 6))
     assert (rest.kind, rest.window, rest.layers) == ("full", 0, (5,))
-
-
-@pytest.mark.parametrize("num_rows", [1, 32])
-def test_every_linear_runs_once_a_step(folder: Path, num_rows: int) -> None:
-    ours = load(folder)
-    counts: dict[str, int] = {}
-    for name, module in ours.named_modules():
-        if isinstance(module, Linear):
-            module.register_forward_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
-    runner = PagedRunner(ours)
-    runner.step([(runner.add(prompt_of(3, seed=i)), 3) for i in range(num_rows)])
-    assert len(counts) == 4 * ours.config.num_layers
-    assert set(counts.values()) == {1}
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_two_tensor_ranks_hold_half_each(hf_config: dict[str, Any], rank: int) -> None:
-    config = Gemma3Config.from_hf(hf_config | {"num_key_value_heads": 2})
-    whole = parameter_bytes(config, Mesh())
-    norms_per_layer = 4 * config.hidden_size + 2 * config.head_dim
-    replicated = 4 * (config.num_layers * norms_per_layer + config.hidden_size)
-    assert parameter_bytes(config, Mesh(tp_size=2, tp_rank=rank)) <= whole / 2 + replicated
-
-
-def parameter_bytes(config: Gemma3Config, mesh: Mesh) -> int:
-    model = Gemma3(config, mesh=mesh, quant=Unquantized(), dtype=torch.float32, device="cpu")
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
