@@ -29,7 +29,6 @@ MAX_HEAD_DIM = 512
 class NativeStep:
     """One step as the block kernels read it. `kept` are the tensors its addresses point into."""
 
-    record: Step
     address: int
     max_seq_len: int
     tokens: int
@@ -70,6 +69,7 @@ class CpuPaged:
     def __init__(self) -> None:
         self._library = library()
         self._scratch = Scratch()
+        self._records = StepRecords()
         use_threads()
 
     def plan(self, *, query_lens: Sequence[int], max_seq_lens: Sequence[int]) -> AttentionPlan:
@@ -97,7 +97,16 @@ class CpuPaged:
         plan: AttentionPlan = batch.attention_plan
         step = plan.step_cache.get("native")
         if step is None:
-            step = plan.step_cache["native"] = _describe(batch, plan, self._scratch)
+            records = self._records
+            kept = records.fill(batch, plan)
+            step = plan.step_cache["native"] = NativeStep(
+                address=records.address,
+                max_seq_len=plan.max_seq_len,
+                tokens=records.step.tokens,
+                layer_strides=records.layer_strides,
+                scratch=self._scratch,
+                kept=kept,
+            )
         return step
 
 
@@ -116,41 +125,55 @@ def attention_block(spec: AttentionSpec, batch: ForwardBatch, step: NativeStep, 
     )
 
 
-def _describe(batch: ForwardBatch, plan: AttentionPlan, scratch: Scratch) -> NativeStep:
-    kept: list[Any] = []
+class StepRecords:
+    """The records of the step at hand. One set serves every step: a call ends before the next begins."""
 
-    def address(tensor: Tensor, dtype: torch.dtype) -> int:
-        ready = tensor.to(dtype).contiguous()
-        kept.append(ready)
-        return ready.data_ptr()
+    def __init__(self) -> None:
+        self.step = Step()
+        self.address = ctypes.addressof(self.step)
+        self.layer_strides: list[int] = []
+        self._groups: Any = None
+        # Addresses, not the pages themselves: an engine that sleeps must be able to free them.
+        self._bound: list[int] = []
 
-    groups = (GroupStep * len(batch.kv_pages))()
-    strides: list[int] = []
-    for group, pages in zip(groups, batch.kv_pages, strict=True):
-        strides.append(pages.stride(1))
-        group.pages = KvPages(
-            base=pages.data_ptr(),
-            page_stride=pages.stride(0),
-            value_offset=pages.stride(2),
-            token_stride=pages.stride(3),
-            block_tokens=pages.shape[3],
-            element_bytes=pages.element_size(),
-            head_dim=pages.shape[5],
-        )
-    for group, slots_T, table_BM in zip(groups, batch.slot_mapping_T, batch.block_table, strict=True):
-        group.slots = address(slots_T, torch.int64)
-        group.block_table = address(table_BM, torch.int32)
-        group.table_stride = table_BM.shape[1]
-    record = Step(
-        tokens=batch.token_ids_T.shape[0],
-        rows=len(plan.query_lens),
-        positions=address(batch.positions_kT[0], torch.int64),
-        query_start=address(batch.query_start, torch.int64),
-        seq_lens=address(batch.seq_lens, torch.int64),
-        groups=ctypes.addressof(groups),
-        max_seq_len=plan.max_seq_len,
-    )
-    kept.append(groups)
-    return NativeStep(
-        record, ctypes.addressof(record), plan.max_seq_len, record.tokens, strides, scratch, kept
-    )
+    def fill(self, batch: ForwardBatch, plan: AttentionPlan) -> list[Any]:
+        """Describe a step; returns what must live as long as the description is used."""
+        if [pages.data_ptr() for pages in batch.kv_pages] != self._bound:
+            self._bind(batch.kv_pages)
+        kept: list[Any] = []
+
+        def address(tensor: Tensor, dtype: torch.dtype) -> int:
+            ready = tensor.to(dtype).contiguous()
+            kept.append(ready)
+            return ready.data_ptr()
+
+        tables = zip(self._groups, batch.slot_mapping_T, batch.block_table, strict=True)
+        for group, slots_T, table_BM in tables:
+            group.slots = address(slots_T, torch.int64)
+            group.block_table = address(table_BM, torch.int32)
+            group.table_stride = table_BM.shape[1]
+        step = self.step
+        step.tokens = batch.token_ids_T.shape[0]
+        step.rows = len(plan.query_lens)
+        step.positions = address(batch.positions_kT[0], torch.int64)
+        step.query_start = address(batch.query_start, torch.int64)
+        step.seq_lens = address(batch.seq_lens, torch.int64)
+        step.max_seq_len = plan.max_seq_len
+        return kept
+
+    def _bind(self, kv_pages: list[Tensor]) -> None:
+        """Say where the pages of each group lie."""
+        self._bound = [pages.data_ptr() for pages in kv_pages]
+        self._groups = (GroupStep * len(kv_pages))()
+        self.step.groups = ctypes.addressof(self._groups)
+        self.layer_strides = [pages.stride(1) for pages in kv_pages]
+        for group, pages in zip(self._groups, kv_pages, strict=True):
+            group.pages = KvPages(
+                base=pages.data_ptr(),
+                page_stride=pages.stride(0),
+                value_offset=pages.stride(2),
+                token_stride=pages.stride(3),
+                block_tokens=pages.shape[3],
+                element_bytes=pages.element_size(),
+                head_dim=pages.shape[5],
+            )

@@ -20,6 +20,11 @@ def kernel_cache_dir() -> Path:
     return Path(os.environ.get("SLIPSTREAM_KERNEL_CACHE") or cache_dir() / "cpu_kernels")
 
 
+def kernel_cache_key() -> str:
+    """Return what `kernel_cache_dir` follows from, without making a path of it: hot code asks."""
+    return os.environ.get("SLIPSTREAM_KERNEL_CACHE") or os.environ.get("SLIPSTREAM_CACHE") or ""
+
+
 def log_level() -> str:
     """`SLIPSTREAM_LOG`: `debug`, `info`, `warning` (default) or `error`."""
     return os.environ.get("SLIPSTREAM_LOG", "warning").upper()

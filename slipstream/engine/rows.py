@@ -41,7 +41,7 @@ class Rows:
     def __init__(
         self, *, max_rows: int, max_seq_len: int, num_groups: int, block_tokens: int, device: torch.device
     ) -> None:
-        self._block_tokens = block_tokens
+        self.block_tokens = block_tokens
         self._device = device
         self._max_blocks = -(-max_seq_len // block_tokens)
         # One slot more than max_seq_len: the last sampled token is written, though it never runs.
@@ -122,8 +122,8 @@ class Rows:
         offset_T = torch.arange(total, device=self._device) - query_start[row_of_T]
         positions_T = start_B[row_of_T] + offset_T
         rows_T = rows_B[row_of_T]
-        num_blocks = -(-int(bounds.max()) // self._block_tokens)
-        pages_GT = self.block_table[:, rows_T, positions_T // self._block_tokens].to(torch.int64)
+        num_blocks = -(-int(bounds.max()) // self.block_tokens)
+        pages_GT = self.block_table[:, rows_T, positions_T // self.block_tokens].to(torch.int64)
         return StepInputs(
             rows_B=rows_B,
             row_of_T=row_of_T,
@@ -131,7 +131,7 @@ class Rows:
             positions_T=positions_T,
             token_ids_T=self.tokens[rows_T, positions_T].to(torch.int64),
             seq_lens=start_B + len_B,
-            slots_GT=pages_GT * self._block_tokens + positions_T % self._block_tokens,
+            slots_GT=pages_GT * self.block_tokens + positions_T % self.block_tokens,
             block_table_GBM=self.block_table[:, rows_B, :num_blocks],
             query_lens=query_lens,
             max_seq_lens=bounds.tolist(),

@@ -175,6 +175,11 @@ class DenseDecoder(nn.Module):
             groups.append(CacheGroup(layers=rest, kind="full", **sizes))
         return groups
 
+    @property
+    def num_native_steps(self) -> int:
+        """Return how many steps ran their layers as native calls."""
+        return self.layers.num_native_steps
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Return the [T, D] hidden states after the final norm."""
         return self.norm(run_layers(self.layers, self.embedding(batch), batch))

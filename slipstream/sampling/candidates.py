@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from slipstream.kernels.cpu.argmax import find_argmax
+
 BLOCK = 64
 
 
 def greatest(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest logit [R] and its lowest token id [R]; NaN wins where there is one.
 
-    On a CPU the maximum over blocks vectorises and finds the block to search (10x faster than an argmax over
-    the row); an accelerator does it in one kernel.
+    On a CPU a native kernel does it; without one the maximum over blocks, which vectorises, finds the block
+    to search (10x faster than an argmax over the row). An accelerator does it in one kernel.
     """
+    if x_RV.device.type == "cpu" and (native := find_argmax()) is not None:
+        return _chosen(x_RV, native(x_RV))
     if x_RV.device.type != "cpu" or x_RV.shape[1] < BLOCK:
         values, ids = x_RV.max(-1)
         return values, ids
@@ -28,6 +32,13 @@ def greatest(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     values, ids = _expand(x_RV, block)
     place = values.argmax(-1, keepdim=True)
     return values.gather(1, place)[:, 0], ids.gather(1, place)[:, 0]
+
+
+def _chosen(x_RV: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits and ids of an argmax that marks a row with NaN by -1."""
+    found = ids_R.clamp(min=0)
+    values = x_RV.gather(1, found.unsqueeze(1))[:, 0]
+    return values.masked_fill_(ids_R < 0, torch.nan), found
 
 
 def leading(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:

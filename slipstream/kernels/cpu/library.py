@@ -55,6 +55,12 @@ def library() -> ctypes.CDLL:
     return loaded().handle
 
 
+def is_available() -> bool:
+    """Say whether `library` returns one; builds it on first use."""
+    with _lock:
+        return isinstance(_load_once(env.cpu_instructions(), env.kernel_cache_key()), Loaded)
+
+
 def instruction_set() -> str:
     """Return what `library` was compiled for: "avx2", "avx512vnni" or "neon". Loads it."""
     return loaded().instructions
@@ -63,7 +69,7 @@ def instruction_set() -> str:
 def loaded() -> Loaded:
     """Return the library of this process with where it came from."""
     with _lock:
-        outcome = _load_once(env.cpu_instructions(), str(env.kernel_cache_dir()))
+        outcome = _load_once(env.cpu_instructions(), env.kernel_cache_key())
     if isinstance(outcome, LibraryUnavailable):
         raise LibraryUnavailable(outcome.reason, outcome.fix)
     return outcome
