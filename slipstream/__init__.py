@@ -19,6 +19,7 @@ _EXPORTS = {
     "KvCacheRetentionConfig": "slipstream.core.kv_retention",
     "TokenRangeRetentionConfig": "slipstream.core.kv_retention",
     "SchedulerConfig": "slipstream.engine.config",
+    "CudaGraphConfig": "slipstream.engine.graph_config",
     "CapacitySchedulerPolicy": "slipstream.engine.config",
     "ContextChunkingPolicy": "slipstream.engine.config",
 }
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from slipstream.engine.config import CapacitySchedulerPolicy as CapacitySchedulerPolicy
     from slipstream.engine.config import ContextChunkingPolicy as ContextChunkingPolicy
     from slipstream.engine.config import SchedulerConfig as SchedulerConfig
+    from slipstream.engine.graph_config import CudaGraphConfig as CudaGraphConfig
     from slipstream.llm import LLM as LLM
     from slipstream.llm import AsyncLLM as AsyncLLM
 

@@ -25,7 +25,8 @@ class AttentionCapability(Capability):
 
     `page_sizes` are tokens per block; `batch_invariant` means bit-equal results whatever else is in the
     batch; `graph` means that `run` of one-token rows may be captured and replayed for other lengths;
-    `native_blocks` that it has `native_step`, by which a whole decoder block runs as one native call.
+    `native_blocks` that it has `native_step`, by which a whole decoder block runs as one native call;
+    `rotates` that it has `rotate_and_run`, which takes the projection of q, k and v as it is.
     """
 
     head_dims: frozenset[int] = frozenset()
@@ -37,6 +38,7 @@ class AttentionCapability(Capability):
     cascade: bool = False
     graph: bool = False
     needs_triton: bool = False
+    rotates: bool = False
     batch_invariant: bool = False
     native_blocks: bool = False
 
@@ -51,6 +53,21 @@ class AttentionSpec:
     head_dim: int
     window: int = 0
     softcap: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rotation:
+    """What happens to q and k between their projection and attention: norms, then rotary positions.
+
+    `table_P2H` is the rotary table by position; the norms are float32 weights, or None. P positions.
+    """
+
+    heads: int
+    table_P2H: Tensor
+    interleaved: bool
+    q_norm_H: Tensor | None
+    k_norm_H: Tensor | None
+    eps: float
 
 
 class AttentionBackend(Protocol):

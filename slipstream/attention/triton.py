@@ -15,11 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slipstream.attention.base import AttentionCapability, AttentionPlan, AttentionSpec
+from slipstream.attention.base import AttentionCapability, AttentionPlan, AttentionSpec, Rotation
 from slipstream.core.batch import ForwardBatch
 from slipstream.kernels.paged_decode import paged_decode_op
 from slipstream.kernels.paged_prefill import paged_prefill_op
 from slipstream.kernels.query_tiles import tile_queries
+from slipstream.kernels.rotary_store import rotary_store_op
 from slipstream.kernels.store_slots import store_slots_op
 
 MAX_HEAD_DIM = 256
@@ -37,6 +38,7 @@ class TritonAttention:
         window=True,
         graph=True,
         needs_triton=True,
+        rotates=True,
     )
 
     def plan(self, *, query_lens: Sequence[int], max_seq_lens: Sequence[int]) -> AttentionPlan:
@@ -50,6 +52,25 @@ class TritonAttention:
         kv_P2tKH = batch.kv_pages[group][:, place]
         store_slots_op(k_TKH, v_TKH, kv_P2tKH, batch.slot_mapping_T[group])
         return self.attend(q_TNH, batch, spec)
+
+    def rotate_and_run(
+        self, qkv_TC: Tensor, rotation: Rotation, batch: ForwardBatch, spec: AttentionSpec
+    ) -> Tensor:
+        """Norm and turn q and k, store k and v, attend, and return [T, N * H]. Only enqueues."""
+        group, place = batch.layer_place[spec.layer_idx]
+        q_TNH = rotary_store_op(
+            qkv_TC,
+            rotation.table_P2H,
+            batch.positions_kT[0],
+            rotation.q_norm_H,
+            rotation.k_norm_H,
+            rotation.eps,
+            rotation.interleaved,
+            rotation.heads,
+            batch.kv_pages[group][:, place],
+            batch.slot_mapping_T[group],
+        )
+        return self.attend(q_TNH, batch, spec).flatten(1)
 
     def attend(self, q_TNH: Tensor, batch: ForwardBatch, spec: AttentionSpec) -> Tensor:
         """Attend to what already stands in the layer's pages, the step's own tokens included."""

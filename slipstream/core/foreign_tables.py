@@ -10,7 +10,7 @@ from __future__ import annotations
 from slipstream.core.foreign_names import ForeignName, alias, refused, same
 
 _ONE_PROCESS = "everything runs in one process; leave it out"
-_NO_GRAPHS = "nothing is captured or compiled yet; leave it out"
+_NO_GRAPHS = "decode steps are captured by themselves and nothing is compiled; leave it out"
 _NO_LORA = "merge the adapter into the checkpoint and leave it out"
 _NO_OFFLOAD = "nothing is offloaded; load a smaller type or a quantised GGUF file and leave it out"
 _TEXT_ONLY = "only text goes in; leave it out"
@@ -39,7 +39,7 @@ LLM_NAMES: tuple[ForeignName, ...] = (
     same("enable_attention_dp", "T", True),
     same("kv_cache_config", "T", None),
     same("scheduler_config", "T", None),
-    same("cuda_graph_config", "T", {"max_batch_size": 8}),
+    same("cuda_graph_config", "T", None),
     same("torch_compile_config", "T", {"enable_fullgraph": True}),
     same("quant_config", "T", {"quant_algo": "FP8"}),
     same("speculative_config", "TV", {"method": "ngram"}),
@@ -71,7 +71,7 @@ LLM_NAMES: tuple[ForeignName, ...] = (
     refused("compilation_config", "V", {}, _NO_GRAPHS),
     refused("context_length", "S", 4096, "use max_seq_len=..."),
     refused("cpu_offload_gb", "VS", 4, _NO_OFFLOAD),
-    refused("cuda_graph_max_bs", "S", 8, _NO_GRAPHS),
+    refused("cuda_graph_max_bs", "S", 8, "use cuda_graph_config=CudaGraphConfig(max_batch_size=...)"),
     refused("data_parallel_size", "V", 2, "start one LLM for each device"),
     refused("disable_cuda_graph", "S", True, "use enforce_eager=True"),
     refused("disable_log_stats", "V", True, _STATS),

@@ -18,14 +18,15 @@ import psutil
 import torch
 
 from slipstream.attention.base import AttentionBackend
-from slipstream.attention.registry import DeviceFacts, choose_backend
+from slipstream.attention.device_facts import facts_of
+from slipstream.attention.registry import choose_backend
 from slipstream.cache.groups import resolve as resolve_groups
 from slipstream.cache.kv_cache import KvCache
 from slipstream.checkpoint.base import Checkpoint
 from slipstream.checkpoint.dummy import DummyCheckpoint
 from slipstream.checkpoint.opening import open_checkpoint
 from slipstream.core.cache_group import CacheGroup
-from slipstream.core.errors import OutOfMemoryError
+from slipstream.core.errors import ConfigError, OutOfMemoryError
 from slipstream.core.limits import Limits
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine import Engine
@@ -33,7 +34,6 @@ from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, f
 from slipstream.engine.runner import Runner
 from slipstream.engine.scheduler import Scheduler
 from slipstream.kernels.cpu.library import LibraryUnavailable, library
-from slipstream.kernels.registration import has_triton
 from slipstream.models.loading import load_weights
 from slipstream.models.registry import model_class, read_config
 from slipstream.parallel.mesh import Mesh
@@ -101,8 +101,8 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
             block_tokens=resolved.kv_cache.tokens_per_block,
             element_bytes=getattr(torch, resolved.kv_dtype).itemsize,
         )
-        device_facts_found = device_facts(device, resolved.kv_dtype, native_obstacle)
-        backend, why = choose_backend(resolved.attn_backend, device_facts_found, groups)
+        seen = facts_of(device, kv_dtype=resolved.kv_dtype, native_obstacle=native_obstacle)
+        backend, why = choose_backend(resolved.attn_backend, seen, groups)
         load_weights(model, checkpoint, progress=_weights_progress(progress))
         eos = _eos_token_ids(tokenizer, checkpoint)
     finally:
@@ -110,7 +110,8 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
     engine, capacity, limits = _build_engine(model, groups, backend, resolved, config, facts, eos)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     load_s = time.monotonic() - started
-    report = _report(resolved, capacity, limits, weight_bytes, why, load_s)
+    graphs = _graph_line(resolved, backend)
+    report = _report(resolved, capacity, limits, weight_bytes, why, graphs, load_s)
     for line in report:
         logger.info(line)
     return Assembly(
@@ -176,8 +177,38 @@ def _build_engine(
         kv_dtype=getattr(torch, resolved.kv_dtype),
         device=device,
         backend=backend,
+        graph_sizes=_graph_sizes(config, resolved, backend),
+        has_graph_padding=resolved.has_graph_padding,
     )
     return Engine(scheduler, runner, depth=resolved.depth), capacity, limits
+
+
+def _graph_sizes(
+    config: EngineConfig, resolved: ResolvedConfig, backend: AttentionBackend
+) -> tuple[int, ...]:
+    """Return the step sizes to capture. Raises ConfigError where they were asked for and cannot be."""
+    if backend.capability.graph:
+        return resolved.graph_sizes
+    if config.cuda_graph_config is not None:
+        raise ConfigError(
+            f"cuda_graph_config is set, and the steps of {type(backend).__name__} cannot be captured; leave "
+            "it unset, or attn_backend='auto'."
+        )
+    return ()
+
+
+def _graph_line(resolved: ResolvedConfig, backend: AttentionBackend) -> str:
+    """Say which decode steps are replayed, "" where nobody would expect any to be."""
+    sizes = resolved.graph_sizes
+    if resolved.device == "cpu":
+        return ""
+    if not sizes or not backend.capability.graph:
+        return f"captured steps: none ({'this attention backend' if sizes else 'enforce_eager'})"
+    padded = ", smaller ones padded" if resolved.has_graph_padding else ""
+    return (
+        f"captured steps: decoding {sizes[0]} to {sizes[-1]} requests ({len(sizes)} sizes{padded}), each "
+        "when it is first met"
+    )
 
 
 def _weights_progress(progress: Progress | None) -> Callable[[int, int], None] | None:
@@ -210,21 +241,6 @@ def memory_of(device: torch.device) -> tuple[int, int]:
         return torch.cuda.mem_get_info(device)
     memory = psutil.virtual_memory()
     return memory.available, memory.total
-
-
-def device_facts(device: torch.device, kv_dtype: str, native_obstacle: str) -> DeviceFacts:
-    """Return what the choice of an attention backend depends on."""
-    sm = 0
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        sm = 10 * major + minor
-    return DeviceFacts(
-        device=str(device),
-        sm=sm,
-        has_triton=has_triton(),
-        dtype=kv_dtype,
-        native_obstacle=native_obstacle,
-    )
 
 
 def find_native_obstacle(config: EngineConfig, has_cuda: bool) -> str:
@@ -278,6 +294,7 @@ def _report(
     limits: Limits,
     weight_bytes: int,
     backend_reason: str,
+    graphs: str,
     load_s: float,
 ) -> list[str]:
     reasons = resolved.reasons
@@ -293,5 +310,6 @@ def _report(
         f"({capacity.num_tokens:,} tokens: {capacity.reason})",
         f"limits: {limits.max_seq_len:,} tokens a request, {resolved.max_batch_size} requests and "
         f"{resolved.max_num_tokens:,} tokens a step, up to {resolved.depth} steps outstanding",
+        *([graphs] if graphs else []),
         f"ready in {load_s:.2f} s",
     ]

@@ -13,6 +13,7 @@ from slipstream.cache.config import KvCacheConfig
 from slipstream.core.errors import ConfigError, UnsupportedError, nearest
 from slipstream.core.option_types import check_types
 from slipstream.core.options import options
+from slipstream.engine.graph_config import CudaGraphConfig
 from slipstream.quant.registry import SCHEMES
 
 
@@ -105,7 +106,7 @@ class EngineConfig:
     enable_attention_dp: bool = False
     kv_cache_config: KvCacheConfig | None = None
     scheduler_config: SchedulerConfig | None = None
-    cuda_graph_config: Any = None
+    cuda_graph_config: CudaGraphConfig | None = None
     torch_compile_config: Any = None
     quant_config: Any = None
     speculative_config: Any = None
@@ -150,6 +151,7 @@ class EngineConfig:
             SCHEMES.get(self.quant_config)
         _require_section("kv_cache_config", self.kv_cache_config, KvCacheConfig)
         _require_section("scheduler_config", self.scheduler_config, SchedulerConfig)
+        _require_section("cuda_graph_config", self.cuda_graph_config, CudaGraphConfig)
         check_types(self)
         scheduling = self.scheduler_config or SchedulerConfig()
         if scheduling.chunking_policy == "EQUAL_PROGRESS" and not self.enable_chunked_prefill:
@@ -171,7 +173,6 @@ _NOT_SERVED = {
     "moe_expert_parallel_size": "leave it unset",
     "moe_tensor_parallel_size": "leave it unset",
     "enable_attention_dp": "leave it off",
-    "cuda_graph_config": "nothing is captured yet; leave it unset",
     "torch_compile_config": "nothing is compiled; leave it unset",
     "speculative_config": "leave it unset for plain decoding",
     "enable_lora": "merge the adapter into the checkpoint",

@@ -69,6 +69,7 @@ class EngineControl:
         seen = stats.num_cached_tokens + stats.num_planned_tokens
         return {
             **dataclasses.asdict(stats),
+            **engine.runner.counters,
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
             "num_free_pages": pool.num_free,

@@ -12,6 +12,7 @@ from slipstream.cache.config import KvCacheConfig
 from slipstream.core.errors import ConfigError, OutOfMemoryError, UnsupportedError
 from slipstream.core.limits import MAX_BEAM_WIDTH
 from slipstream.engine.config import EngineConfig, SchedulerConfig
+from slipstream.engine.graph_config import CudaGraphConfig
 
 MIN_SEQ_LEN = 2
 UNQUANTIZED = "unquantized"
@@ -46,6 +47,8 @@ class ResolvedConfig:
     kv_cache: KvCacheConfig
     attn_backend: str
     gpu_memory_utilization: float | None
+    graph_sizes: tuple[int, ...]
+    has_graph_padding: bool
     seed: int | None
     reasons: dict[str, str]
 
@@ -101,9 +104,29 @@ def resolve(
         kv_cache=config.kv_cache_config or KvCacheConfig(),
         attn_backend=config.attn_backend,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        graph_sizes=_graph_sizes(config, device, max_batch_size),
+        has_graph_padding=(config.cuda_graph_config or CudaGraphConfig()).enable_padding,
         seed=config.seed,
         reasons=reasons,
     )
+
+
+def _graph_sizes(config: EngineConfig, device: str, max_batch_size: int) -> tuple[int, ...]:
+    """Return the numbers of rows whose decode step is captured; none on a CPU, or where it is turned off."""
+    asked = config.cuda_graph_config
+    if device == "cpu":
+        if asked is not None:
+            raise UnsupportedError(
+                "cuda_graph_config is set but the device is a CPU, where nothing is captured; leave it unset."
+            )
+        return ()
+    if config.enforce_eager:
+        if asked is not None:
+            raise ConfigError(
+                "enforce_eager=True turns captured steps off, cuda_graph_config asks for them; leave one out."
+            )
+        return ()
+    return (asked or CudaGraphConfig()).sizes(max_batch_size)
 
 
 def _max_beam_width(config: EngineConfig, max_batch_size: int) -> int:

@@ -22,9 +22,10 @@ from slipstream.core.batch import ForwardBatch
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
 from slipstream.core.plan import StepPlan, StepResult, TokenLogprobs
+from slipstream.engine.graphs import DecodeGraphs
 from slipstream.engine.rows import Rows, StepInputs
 from slipstream.engine.wanted_logits import Wanted, WantedLogits, read_all
-from slipstream.sampling.base import HostCopy, SampleOutput
+from slipstream.sampling.base import DrawnInside, HostCopy, SampleOutput
 from slipstream.sampling.history import TokenHistory
 from slipstream.sampling.processors import ProcessedRow, ProcessorTable
 from slipstream.sampling.sampler import Sampler
@@ -52,6 +53,9 @@ class StepRunner(Protocol):
 
     @property
     def needs_host_tokens(self) -> bool: ...
+
+    @property
+    def counters(self) -> dict[str, int]: ...
 
     @property
     def has_model(self) -> bool: ...
@@ -97,6 +101,8 @@ class Runner:
         kv_dtype: torch.dtype,
         device: torch.device,
         backend: AttentionBackend,
+        graph_sizes: Sequence[int] = (),
+        has_graph_padding: bool = True,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -121,6 +127,28 @@ class Runner:
         self._num_pages, self._kv_dtype = num_pages, kv_dtype
         self.make_pages()
         self._layer_place = bind_layers(groups)
+        # Captured steps, where the backend can be replayed; without sizes every step runs kernel by kernel.
+        self._graphs: DecodeGraphs | None = None
+        if graph_sizes:
+            self._graphs = DecodeGraphs(
+                graph_sizes,
+                has_padding=has_graph_padding,
+                rows=self.rows,
+                backend=backend,
+                max_seq_len=max_seq_len,
+            )
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Return what shows how steps ran: graphs captured and replayed, and the memory they hold."""
+        graphs = self._graphs
+        return {
+            "num_graphs": graphs.num_captures if graphs else 0,
+            "num_graph_steps": graphs.num_replays if graphs else 0,
+            "graph_bytes": graphs.num_bytes if graphs else 0,
+            # Steps whose layers ran as native calls; 0 for models that know of none.
+            "num_native_steps": getattr(self.model, "num_native_steps", 0),
+        }
 
     @property
     def has_model(self) -> bool:
@@ -129,9 +157,16 @@ class Runner:
     def set_model(self, model: Any) -> None:
         """Run another model of the same configuration from the next step on, or (None) let go of it."""
         self.model = model
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        """Captured steps hold the addresses of weights and pages."""
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def drop_pages(self) -> None:
         """Give the memory of all pages back; no step may run before `make_pages`."""
+        self._forget_graphs()
         self.pages = torch.empty(0)
         self._kv_pages: list[Tensor] = []
 
@@ -177,7 +212,7 @@ class Runner:
         for span in plan.spans:
             if span.stream != "decoder" or span.parents is not None or not span.causal:
                 raise UnsupportedError("Encoder, tree and non-causal spans are not served by this version.")
-        if not plan.spans:
+        if not plan.spans or self._replay(handle):
             return
         inputs = self.rows.inputs(plan.spans)
         batch = self._batch(plan, inputs)
@@ -195,6 +230,24 @@ class Runner:
             handle.logits_RV = self.model.logits(hidden_TD[batch.logits_idx])
         if plan.logits:
             handle.wanted = self._wanted.compute(self.model, plan, hidden_TD, handle.logits_RV)
+
+    def _replay(self, handle: StepHandle) -> bool:
+        """Run the step by a captured graph, where there is one for it."""
+        plan, graphs = handle.plan, self._graphs
+        size = graphs.size_of(plan) if graphs is not None else None
+        if graphs is None or size is None:
+            return False
+        has_edits = len(self.processors) > 0 or not self.sampler.is_plain_greedy(plan.sample)
+        kv = (self._kv_pages, self._layer_place)
+        step = graphs.launch(plan, size, self.model, kv, is_greedy=not has_edits)
+        count = len(plan.sample)
+        if has_edits:
+            handle.logits_RV = step.logits_RV[:count]
+        else:
+            drawn_2R = step.drawn_2R[:, :count]
+            handle.sampled = DrawnInside(drawn_2R[0], drawn_2R[1], drawn_2R=drawn_2R)
+            handle.sampled.start_copy()
+        return True
 
     def _batch(self, plan: StepPlan, inputs: StepInputs) -> ForwardBatch:
         return ForwardBatch(

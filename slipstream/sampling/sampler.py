@@ -138,6 +138,10 @@ class Sampler:
         self._count(batch, token_ids)
         return SampleOutput(token_ids, status, _packed(raw_LV, batch, token_ids, status), continuations)
 
+    def is_plain_greedy(self, rows: list[int]) -> bool:
+        """Say whether these rows take the largest logit and nothing else, so that others may do it for us."""
+        return self._batch_of(rows).is_plain_greedy
+
     def _greedy(self, logits_RV: Tensor) -> SampleOutput:
         """Nothing but a maximum. Lengths stay as they are: no row here reads its own."""
         values, token_ids = greatest(logits_RV)
