@@ -32,9 +32,10 @@ struct TileJob {
   float* y;
   int ldy;
   bool adds;
+  bool is_first;  // of those that meet this tile, so that its weights come from memory
 };
 
-// How far ahead of its use a weight is asked for when one token reads it once, about the latency of memory.
+// How far ahead of its use a weight is asked for: a group's time per byte times the latency of memory.
 constexpr size_t kPrefetchBytes = 4096;
 
 SS_INLINE Bytes nibbles_of(const uint8_t* codes, int quad) {
@@ -191,7 +192,7 @@ __attribute__((noinline)) void quantized_tile(const TileJob& job) {
   Totals<kNum> totals;
   totals.clear();
   for (int group = 0; group < job.groups; ++group, codes += kCodeStep, scale += kScaleStep / 2) {
-    if constexpr (kRun == 1) {
+    if (kRun == 1 || job.is_first) {
       SS_UNROLL
       for (size_t line = 0; line < kCodeStep; line += 64) prefetch(codes + kPrefetchBytes + line);
       if (kScaleStep != 0) prefetch(scale + kPrefetchBytes / kCodeStep * kScaleStep / 2);
@@ -236,7 +237,7 @@ __attribute__((noinline)) void float_tile(const TileJob& job) {
     for (int t = 0; t < kNum; ++t) sums[t] = Floats::set(0.0f);
     for (int k = 0; k < kGroup; ++k, column += kColumnBytes) {
       const Floats w = float_column<kKind>(column);
-      if (kNum == 1) prefetch(column + kPrefetchBytes);
+      if (job.is_first) prefetch(column + kPrefetchBytes);
       SS_UNROLL
       for (int t = 0; t < kNum; ++t) {
         sums[t] = fma(w, Floats::set(x[static_cast<size_t>(t) * job.row_stride + k]), sums[t]);
@@ -304,6 +305,7 @@ inline void matmul_tile(const Matrix& matrix, int tile, const Activations& x, in
   job.y = y;
   job.ldy = ldy;
   job.adds = kAdd;
+  job.is_first = first_token == 0;
   if (is_float_kind(matrix.kind)) {
     job.x_rows = x.rows + static_cast<size_t>(first_token) * x.padded_cols();
     job.row_stride = x.padded_cols();
