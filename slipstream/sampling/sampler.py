@@ -22,8 +22,6 @@ from torch import Tensor
 
 from slipstream.core.sampling_params import RowSampling
 from slipstream.sampling.base import (
-    ALL_MASKED,
-    BAD_LOGITS,
     OK,
     PackedContinuations,
     PackedLogprobs,
@@ -33,6 +31,7 @@ from slipstream.sampling.batch import Batch, Group
 from slipstream.sampling.candidates import greatest
 from slipstream.sampling.continuations import pack_continuations
 from slipstream.sampling.filters import draw_full, draw_top_k, draw_top_p
+from slipstream.sampling.greedy import draw_greatest, status_of
 from slipstream.sampling.history import TokenHistory, mask_completions, mask_repeats
 from slipstream.sampling.logprobs import pack_logprobs
 from slipstream.sampling.penalties import PenaltyTables
@@ -115,19 +114,20 @@ class Sampler:
         batch = self._batch_of(rows)
         has_edits = batch.has_edits or masks is not None or edit is not None
         if batch.is_plain_greedy and not has_edits:
-            return self._greedy(logits_RV)
+            # Lengths stay as they are: no row here reads its own.
+            return draw_greatest(logits_RV)
         logits_RV = logits_RV.contiguous()
         raw_max, token_ids = greatest(logits_RV)
         raw_LV = self._raw(logits_RV, batch, is_overwritten=has_edits)
         searched_CV = logits_RV.index_select(0, batch.searched_C) if batch.num_candidates else None
-        status = _status(raw_max)
+        status = status_of(raw_max)
         if edit is not None:
             edit(logits_RV)
         if has_edits:
             self._edit(logits_RV, batch)
             self._mask(logits_RV, batch, masks)
             edited_max, token_ids = greatest(logits_RV)
-            status = torch.where(status != OK, status, _status(edited_max))
+            status = torch.where(status != OK, status, status_of(edited_max))
         continuations = _continuations(searched_CV, logits_RV, batch)
         if batch.groups:
             noise = batch.uniform(self._philox)
@@ -141,12 +141,6 @@ class Sampler:
     def is_plain_greedy(self, rows: list[int]) -> bool:
         """Say whether these rows take the largest logit and nothing else, so that others may do it for us."""
         return self._batch_of(rows).is_plain_greedy
-
-    def _greedy(self, logits_RV: Tensor) -> SampleOutput:
-        """Nothing but a maximum. Lengths stay as they are: no row here reads its own."""
-        values, token_ids = greatest(logits_RV)
-        status = _status(values)
-        return SampleOutput(token_ids.masked_fill(status != OK, 0), status)
 
     def _batch_of(self, rows: list[int]) -> Batch:
         if self._batch is None or self._batch.rows != rows:
@@ -225,12 +219,6 @@ class Sampler:
             if self._pending[row] == 0:
                 del self._pending[row]
                 self._batch = None
-
-
-def _status(max_R: Tensor) -> Tensor:
-    """A maximum of NaN or +Inf is the model's failure, one of -Inf means that nothing is allowed."""
-    nothing = (max_R == -torch.inf).to(torch.int8).mul_(ALL_MASKED)
-    return nothing.add_(~(max_R < torch.inf), alpha=BAD_LOGITS)
 
 
 def _draw(logits_RV: Tensor, uniform_N: Tensor, group: Group) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
 )
 
 from slipstream.core.sampling_params import RowSampling
+from slipstream.sampling import greedy
 from slipstream.sampling import sampler as sampler_module
 from slipstream.sampling.base import ALL_MASKED, BAD_LOGITS, OK
 from slipstream.sampling.batch import Batch
@@ -190,8 +191,8 @@ def test_seeds_and_samples():
 
 def test_greedy_takes_one_maximum_and_nothing_else(monkeypatch):
     calls = []
-    real = sampler_module.greatest
-    monkeypatch.setattr(sampler_module, "greatest", lambda x: calls.append(1) or real(x))
+    real = sampler_module.draw_greatest
+    monkeypatch.setattr(sampler_module, "draw_greatest", lambda x: calls.append(1) or real(x))
     for name in ("_draw", "pack_logprobs"):
         monkeypatch.setattr(sampler_module, name, lambda *a, **k: pytest.fail("not a greedy step"))
     monkeypatch.setattr(Batch, "uniform", lambda *a: pytest.fail("greedy needs no noise"))
@@ -221,8 +222,8 @@ def test_greedy_path_equals_the_general_path():
 
 def test_a_row_past_its_min_tokens_returns_to_the_greedy_path(monkeypatch):
     calls = []
-    real = Sampler._greedy
-    monkeypatch.setattr(Sampler, "_greedy", lambda self, x: calls.append(1) or real(self, x))
+    real = sampler_module.draw_greatest
+    monkeypatch.setattr(sampler_module, "draw_greatest", lambda x: calls.append(1) or real(x))
     sampler = make(50, [RowSampling(min_tokens=3, stop_ids=(7,))])
     x = torch.zeros(1, 50)
     x[0, 7] = 1.0
@@ -424,3 +425,14 @@ def test_outputs_can_be_copied_ahead():
     output.start_copy()
     assert len(output._copies) == 3
     assert output.logprobs_of(0).token_id == output.tokens()[0]
+
+
+def test_greedy_on_the_host_and_by_tensors_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(3))
+    logits[1, 40], logits[2, 7], logits[3] = float("nan"), float("inf"), -float("inf")
+    logits[4, 250] = logits[4, 20] = 9.0
+    host = greedy.draw_greatest(logits)
+    monkeypatch.setattr(greedy, "find_argmax", lambda: None)
+    plain = greedy.draw_greatest(logits)
+    assert host.tokens() == plain.tokens() and host.tokens()[4] == 20
+    assert host.statuses() == plain.statuses() == [OK, BAD_LOGITS, BAD_LOGITS, ALL_MASKED, OK, OK]
