@@ -4,6 +4,7 @@
 #   make test     install what the tests need, fetch both test models, run the default suite
 #   make lint     ruff, pyright, codespell and the layering laws
 #   make format   let ruff rewrite what it can
+#   make wheels   build the wheels of every platform, CPU kernels inside, into dist (needs no compiler)
 #   make models   fetch the test models into .models (or SLIPSTREAM_TEST_MODELS)
 #   make clean    remove what the other targets made, models aside
 #
@@ -25,7 +26,7 @@ INSTALL = $(PIP) install -qq -c constraints.txt
 DEMO_MODEL = $${SLIPSTREAM_TEST_MODELS:-.models}/smollm2-135m-instruct-q4_1.gguf
 LAWS = tests/test_layering.py tests/test_source_laws.py
 
-.PHONY: help demo test lint format models clean
+.PHONY: help demo test lint format wheels models clean
 
 help:
 	@sed -n '/^#   make/s/^#   //p' Makefile
@@ -48,6 +49,10 @@ lint: .venv/.dev
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+wheels: .venv/.runtime
+	@$(INSTALL) -e '.[zig]' setuptools
+	$(BIN)/python tools/build_wheels.py
 
 models: .venv/.made
 	@$(BIN)/python tools/fetch_models.py

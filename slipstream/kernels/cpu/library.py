@@ -24,6 +24,7 @@ from slipstream.kernels.cpu.build import (
     SOURCES,
     UNIT,
     BuildError,
+    Compiler,
     compile_library,
     compiler_key,
     find_compilers,
@@ -112,14 +113,13 @@ def _candidates(instructions: InstructionSet, sources: Path, failures: list[str]
     if prebuilt.is_file():
         yield prebuilt
     folder = library_cache.cache_folder()
-    prefix = f"slipstream_cpu-{__version__}-{instructions.name}-{key}"
     compilers = find_compilers()
     if not compilers:
-        earlier = library_cache.find_any(folder, prefix)
+        earlier = library_cache.find_any(folder, cache_name(instructions, key))
         if earlier is not None:
             yield earlier
     for compiler in compilers:
-        name = f"{prefix}-{compiler_key(compiler, instructions)}"
+        name = cache_name(instructions, key, compiler)
         kept = library_cache.find(folder, name)
         if kept is not None:
             yield kept
@@ -129,6 +129,12 @@ def _candidates(instructions: InstructionSet, sources: Path, failures: list[str]
             yield library_cache.add(folder, name, suffix=library_suffix(), build=build)
         except (BuildError, OSError) as error:
             failures.append(str(error))
+
+
+def cache_name(instructions: InstructionSet, key: str, compiler: Compiler | None = None) -> str:
+    """Return what a build is kept as; without a compiler, what the names of all compilers start with."""
+    ending = "" if compiler is None else compiler_key(compiler, instructions)
+    return f"slipstream_cpu-{__version__}-{instructions.name}-{key}-{ending}"
 
 
 def prebuilt_name(instructions: InstructionSet, key: str, suffix: str) -> str:

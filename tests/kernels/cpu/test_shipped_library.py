@@ -52,7 +52,7 @@ def test_without_any_compiler_the_engine_still_imports(tmp_path: Path) -> None:
                 print(error.fix)
         """,
         PATH=str(empty),
-        SLIPSTREAM_CACHE=str(tmp_path / "cache"),
+        SLIPSTREAM_KERNEL_CACHE=str(tmp_path / "cache"),
     )
     assert result.returncode == 0, result.stderr
     reason, fix, *again = result.stdout.splitlines()
