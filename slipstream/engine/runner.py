@@ -23,6 +23,7 @@ from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
 from slipstream.core.plan import StepPlan, StepResult, TokenLogprobs
 from slipstream.engine.graphs import DecodeGraphs
+from slipstream.engine.host_rows import HostRows
 from slipstream.engine.rows import Rows, StepInputs
 from slipstream.engine.wanted_logits import Wanted, WantedLogits, read_all
 from slipstream.sampling.base import DrawnInside, HostCopy, SampleOutput
@@ -109,7 +110,7 @@ class Runner:
         self.groups = list(groups)
         self._device = device
         block_tokens = groups[0].block_tokens
-        self.rows = Rows(
+        self.rows = (HostRows if device.type == "cpu" else Rows)(
             max_rows=max_batch_size,
             max_seq_len=max_seq_len,
             num_groups=len(groups),
