@@ -136,20 +136,17 @@ def build_wheel(platform: Platform, output: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "platforms",
-        nargs="*",
-        choices=list(PLATFORMS),
-        default=list(PLATFORMS),
-        help="all where none is named",
-    )
+    parser.add_argument("platforms", nargs="*", help="all where none is named")
     parser.add_argument("--output", type=Path, default=ROOT / "dist")
     arguments = parser.parse_args()
+    unknown = ", ".join(name for name in arguments.platforms if name not in PLATFORMS)
+    if unknown:
+        parser.error(f"no platform is called {unknown}; there are {', '.join(PLATFORMS)}")
     if importlib.util.find_spec("ziglang") is None:
         sys.exit(
             "ziglang is not installed in this Python; `make wheels` installs it, or: pip install ziglang"
         )
-    for name in arguments.platforms:
+    for name in arguments.platforms or PLATFORMS:
         print(f"{name}:", flush=True)
         print(f"  {build_wheel(PLATFORMS[name], arguments.output)}", flush=True)
 
