@@ -1,7 +1,8 @@
 """How is an engine put together? Checkpoint, tokenizer, model, pages, scheduler, in that order, once.
 
-Everything that can be refused is refused before weights are read; what is chosen is written into the report,
-one line a choice with its reason, and one line a ledger entry in bytes.
+What a configuration can be refused for is refused before weights are read; the tokenizer is read beside them.
+What is chosen is written into the report, one line a choice with its reason, and one line a ledger entry in
+bytes.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -44,6 +47,8 @@ from slipstream.text.from_gguf import load_tokenizer_gguf
 from slipstream.text.vocab_checks import check_vocab
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Called with (what is being done, share done so far from 0 to 1).
 Progress = Callable[[str, float], None]
@@ -88,9 +93,7 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         has_cuda = torch.cuda.is_available()
         native_obstacle = find_native_obstacle(config, has_cuda)
         resolved = resolve(config, facts, has_cuda=has_cuda, native_obstacle=native_obstacle)
-        tokenizer = _load_tokenizer(config, checkpoint)
-        if tokenizer is not None:
-            check_vocab(tokenizer, facts.vocab_size)
+        reading = in_background(lambda: _checked_tokenizer(config, checkpoint, facts.vocab_size))
         device = torch.device(resolved.device)
         dtype = getattr(torch, resolved.dtype)
         quant = SCHEMES.get(resolved.quantization)()
@@ -104,6 +107,7 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         seen = facts_of(device, kv_dtype=resolved.kv_dtype, native_obstacle=native_obstacle)
         backend, why = choose_backend(resolved.attn_backend, seen, groups)
         load_weights(model, checkpoint, progress=_weights_progress(progress))
+        tokenizer = reading.result()
         eos = _eos_token_ids(tokenizer, checkpoint)
     finally:
         checkpoint.close()
@@ -260,6 +264,27 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
         return "bfloat16"
     name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     return str(name).removeprefix("torch.")
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """Run `work` on a thread of its own: a large vocabulary takes as long to read as the weights do."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="slipstream-tokenizer", daemon=True).start()
+    return future
+
+
+def _checked_tokenizer(config: EngineConfig, checkpoint: Checkpoint, vocab_size: int) -> Tokenizer | None:
+    tokenizer = _load_tokenizer(config, checkpoint)
+    if tokenizer is not None:
+        check_vocab(tokenizer, vocab_size)
+    return tokenizer
 
 
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:
