@@ -51,7 +51,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 wheels: .venv/.runtime
-	@$(INSTALL) -e '.[zig]' setuptools
+	@$(INSTALL) -e '.[zig]' 'setuptools>=77'
 	$(BIN)/python tools/build_wheels.py
 
 models: .venv/.made

@@ -111,7 +111,9 @@ def measure(entrants: Sequence[Contestant], *, repetitions: int) -> dict[str, di
             )
             for entrant in entrants:
                 run = entrant.side("run", name=entrant.name, prompts=prompts, output_tokens=workload.osl)
-                entrant.facts["peak_memory_bytes"] = run["peak_memory_bytes"]
+                if entrant is ours:
+                    # The peer's process holds both of its models.
+                    entrant.facts["peak_memory_bytes"] = run["peak_memory_bytes"]
                 if repetition >= 0:
                     for figure, rate in rates(workload, run).items():
                         figures.setdefault(figure, {}).setdefault(entrant.label, []).append(rate)

@@ -10,7 +10,6 @@ import ctypes
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import llama_cpp as lib
@@ -81,7 +80,7 @@ models: dict[str, Model] = {}
 
 def load(name: str, path: str, num_threads: int, num_sequences: int, context: int) -> dict[str, Any]:
     models[name] = Model(path, num_threads=num_threads, num_sequences=num_sequences, context=context)
-    return {"load_s": models[name].load_s, "peak_memory_bytes": peak_resident_bytes()}
+    return {"load_s": models[name].load_s}
 
 
 def unload(name: str) -> None:
@@ -117,7 +116,6 @@ def run(name: str, prompts: list[list[int]], output_tokens: int) -> dict[str, An
         "ttft_s": first_token_s,
         "tpot_s": decode_s / (output_tokens - 1) if output_tokens > 1 else None,
         "tokens": outputs,
-        "peak_memory_bytes": peak_resident_bytes(),
     }
 
 
@@ -158,12 +156,6 @@ def describe() -> dict[str, str]:
         "llama-cpp-python": lib.__version__,
         "system": lib.llama_print_system_info().decode().strip(),
     }
-
-
-def peak_resident_bytes() -> int | None:
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 if __name__ == "__main__":
