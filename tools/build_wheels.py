@@ -60,21 +60,25 @@ PLATFORMS = {
     ),
 }
 
-# Run in the copy. A wheel is platform-specific where it holds libraries, but of no Python version.
+# Run in the copy. A wheel that holds libraries is for one platform, but for no one version of Python.
 SETUP = """
 import sys
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-class PlatformWheel(bdist_wheel):
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = False
+class WithLibraries(Distribution):
+    def has_ext_modules(self):
+        return True
 
+class PlatformWheel(bdist_wheel):
     def get_tag(self):
         return "py3", "none", sys.argv[1]
 
-setup(cmdclass={"bdist_wheel": PlatformWheel}, script_args=["-q", "bdist_wheel", "--dist-dir", sys.argv[2]])
+setup(
+    distclass=WithLibraries,
+    cmdclass={"bdist_wheel": PlatformWheel},
+    script_args=["-q", "bdist_wheel", "--dist-dir", sys.argv[2]],
+)
 """
 
 
@@ -99,13 +103,15 @@ def compile_sets(platform: Platform, package: Path) -> None:
             continue
         name = prebuilt_name(instructions, source_key(sources), platform.suffix)
         print(f"  {name}", flush=True)
+        # A library of macOS holds its own name, which would be the path it was written to.
+        named = (f"-Wl,-install_name,@rpath/{name}",) if platform.suffix == ".dylib" else ()
         compile_library(
             compiler,
             instructions,
             prebuilt / name,
             sources=sources,
             # Stripped, and with paths cut: nothing of this machine goes into a wheel.
-            extra_flags=("-target", platform.target, "-s", f"-ffile-prefix-map={package}=."),
+            extra_flags=("-target", platform.target, "-s", f"-ffile-prefix-map={package}=.", *named),
             time_limit_s=TIME_LIMIT_S,
         )
     for leftover in prebuilt.iterdir():
