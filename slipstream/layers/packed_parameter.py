@@ -68,17 +68,17 @@ class PackedParameter(Parameter):
         """Pack `tensor` into `slot`. Raises CheckpointError for a wrong shape and for scales not finite."""
         self.check_shape(tensor, slot)
         rows, cols = self.expected_shape(slot)
-
         kind = self.packing.kind_of(tensor.dtype)
-        is_stored = kind.keeps(tensor.dtype) and tensor.read_raw is not None
+        is_kept = kind.keeps(tensor.dtype)
+        source = tensor.dtype if is_kept else "F32"
         matrix = PackedMatrix.empty(kind, rows=rows, cols=cols)
         multiple = row_multiple * TILE_ROWS
         for start, stop in row_chunks(tensor, 0, rows, multiple):
-            if is_stored:
-                assert tensor.read_raw is not None
-                chunk, source = torch.from_numpy(tensor.read_raw(start, stop)), tensor.dtype
+            if is_kept and tensor.read_raw is not None:
+                chunk = torch.from_numpy(tensor.read_raw(start, stop))
             else:
-                chunk, source = tensor.read(start, stop).float(), "F32"
+                chunk = tensor.read(start, stop)
+                chunk = chunk if is_kept else chunk.float()
             # A change of the order of rows is the same for their bytes.
             chunk = transform(chunk) if transform else chunk
             if not matrix.pack(chunk.contiguous(), source, first_row=start):

@@ -9,9 +9,15 @@ from __future__ import annotations
 from slipstream.kernels.cpu.packed_matrix import Kind, native_kind
 from slipstream.quant.packed import Packed
 
+# Floating types without a kernel of their own; float32 holds them exactly, or nearly (F64).
+WIDENED = ("F16", "F64")
+
 
 class Gguf(Packed):
     """The file's own types, by the CPU kernels."""
 
     def kind_of(self, stored: str) -> Kind:
-        return native_kind(stored) or Kind.Q8_GROUP
+        if stored in WIDENED:
+            return Kind.F32
+        kind = native_kind(stored)
+        return Kind.Q8_GROUP if kind is None else kind
