@@ -67,7 +67,7 @@ class CpuPaged:
     )
 
     def __init__(self) -> None:
-        self._library = library()
+        self.library = library()
         self._scratch = Scratch()
         self._records = StepRecords()
         use_threads()
@@ -84,9 +84,9 @@ class CpuPaged:
         block = attention_block(spec, batch, step, heads=q.shape[1])
         address = ctypes.addressof(block)
         out = torch.empty_like(q)
-        needed = self._library.ss_block_scratch_bytes(address, step.tokens, step.max_seq_len)
+        needed = self.library.ss_block_scratch_bytes(address, step.tokens, step.max_seq_len)
         scratch = step.scratch.reserve(needed)
-        status = self._library.ss_attention(
+        status = self.library.ss_attention(
             address, step.address, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), scratch
         )
         assert status == 0, "the capability lets no other head size through"
