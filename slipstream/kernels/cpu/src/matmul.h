@@ -166,7 +166,9 @@ SS_INLINE void add_scaled(const TileJob& job, const uint8_t* codes, const uint16
   const Floats weight_scale = Format::kScales == 0 ? Floats::set(1.0f) : Floats::load_half(scale);
   const Floats minimum = has_minima(Format::kKind) ? Floats::load_half(scale + kTileRows) : weight_scale;
   constexpr int kOffset = Format::kOffset;
-  totals.settle();
+  // Or they would be loaded before the integer sums, and moved to the stack while those are made. Signed codes
+  // leave the compiler no register to do so.
+  if (Format::Codes::kMaxCode < 127) totals.settle();
   SS_UNROLL
   for (int t = 0; t < kNum; ++t) {
     if constexpr (kOffset != 0) {
