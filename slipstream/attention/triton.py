@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slipstream.attention.base import AttentionCapability, AttentionPlan, AttentionSpec, Rotation
 from slipstream.core.batch import ForwardBatch
-from slipstream.kernels.paged_decode import paged_decode_op
+from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode_op
 from slipstream.kernels.paged_prefill import paged_prefill_op
 from slipstream.kernels.query_tiles import tile_queries
 from slipstream.kernels.rotary_store import rotary_store_op
@@ -40,6 +40,9 @@ class TritonAttention:
         needs_triton=True,
         rotates=True,
     )
+
+    def __init__(self) -> None:
+        self._counters: Tensor | None = None
 
     def plan(self, *, query_lens: Sequence[int], max_seq_lens: Sequence[int]) -> AttentionPlan:
         return AttentionPlan.create(self, query_lens, max_seq_lens)
@@ -83,13 +86,22 @@ class TritonAttention:
         if rows:
             longest = max(plan.max_seq_lens[:rows])
             lens_R = batch.seq_lens[:rows]
-            paged_decode_op(q_TNH[:rows], kv_P2tKH, table_BC, lens_R, out_TNH[:rows], longest, *settings)
+            counters = self._zeros(q_TNH.device)
+            paged_decode_op(
+                q_TNH[:rows], kv_P2tKH, table_BC, lens_R, out_TNH[:rows], counters, longest, *settings
+            )
         if rows < len(plan.query_lens):
             tiles_M2 = self._tiles(plan, q_TNH)
             paged_prefill_op(
                 q_TNH, kv_P2tKH, table_BC, batch.seq_lens, batch.query_start, tiles_M2, out_TNH, *settings
             )
         return out_TNH
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        """Return the counters of the decode kernel: made once, for captured steps hold their address."""
+        if self._counters is None or self._counters.device != device:
+            self._counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+        return self._counters
 
     def _tiles(self, plan: AttentionPlan, q_TNH: Tensor) -> Tensor:
         """Return where each tile of queries starts, (row, first query of the row), made once a step."""

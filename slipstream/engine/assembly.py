@@ -210,8 +210,8 @@ def _graph_line(resolved: ResolvedConfig, backend: AttentionBackend) -> str:
         return f"captured steps: none ({'this attention backend' if sizes else 'enforce_eager'})"
     padded = ", smaller ones padded" if resolved.has_graph_padding else ""
     return (
-        f"captured steps: decoding {sizes[0]} to {sizes[-1]} requests ({len(sizes)} sizes{padded}), each "
-        "when it is first met"
+        f"captured steps: decoding {sizes[0]} to {sizes[-1]} requests ({len(sizes)} sizes{padded}) and short "
+        "prompts alone, each when it is first met"
     )
 
 

@@ -16,7 +16,7 @@ import bisect
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,9 +77,42 @@ class Captured:
     """One captured step: `logits_RV` of all its rows, and what a greedy one drew [2, R]."""
 
     graph: Any
-    size: int
     logits_RV: Tensor
     drawn_2R: Tensor
+
+
+class GraphCapture:
+    """Where captured steps of an engine keep what they compute with: one pool of memory, and counters."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+        self.num_bytes = 0
+        self.num_replays = 0
+        self.num_captures = 0
+
+    def forget(self) -> None:
+        """Let go of the pool; whoever holds a captured step lets go of it too."""
+        self._pool, self.num_bytes = None, 0
+
+    def run(self, step: Callable[[], tuple[Tensor, Tensor]], what: str) -> Captured:
+        """Run a step, so that every kernel is loaded, then capture it. Blocks.
+
+        Steps share the pool, since only one runs at a time and what it leaves is read before the next.
+        """
+        started = time.monotonic()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # Read here, since entering a capture gives back what is cached.
+            before = torch.cuda.memory_reserved(self._device)
+            logits_RV, drawn_2R = step()
+        self.num_captures += 1
+        self.num_bytes += torch.cuda.memory_reserved(self._device) - before
+        logger.info("captured %s in %.2f s", what, time.monotonic() - started)
+        return Captured(graph, logits_RV, drawn_2R)
 
 
 class DecodeGraphs:
@@ -87,28 +120,25 @@ class DecodeGraphs:
 
     def __init__(
         self,
+        capture: GraphCapture,
+        rows: Rows,
+        backend: AttentionBackend,
         sizes: Sequence[int],
         *,
         has_padding: bool,
-        rows: Rows,
-        backend: AttentionBackend,
         max_seq_len: int,
     ) -> None:
         self._sizes, self._has_padding = list(sizes), has_padding
+        self._capture = capture
         self._rows, self._backend, self._max_seq_len = rows, backend, max_seq_len
         self._inputs: StaticInputs | None = None
         self._captured: dict[tuple[int, bool], Captured] = {}
         self._last_plan: tuple[int, list[int]] | None = None
-        self._pool: Any = None
-        self.num_bytes = 0
-        self.num_replays = 0
-        self.num_captures = 0
 
     def forget(self) -> None:
         """Let go of everything captured and its memory; the next steps are captured anew."""
         self._captured.clear()
-        self._inputs, self._pool, self._last_plan = None, None, None
-        self.num_bytes = 0
+        self._inputs, self._last_plan = None, None
 
     def size_of(self, plan: StepPlan) -> int | None:
         """Return the size that serves a plan, or None where it has to run kernel by kernel.
@@ -131,10 +161,15 @@ class DecodeGraphs:
         """Replay the step for the plan's rows; the tensors returned hold until the next launch."""
         captured = self._captured.get((size, is_greedy))
         if captured is None:
-            captured = self._captured[(size, is_greedy)] = self._capture(size, model, kv, is_greedy)
+            if self._inputs is None:
+                device = self._rows.tokens.device
+                self._inputs = StaticInputs.create(self._sizes[-1], self._rows, device)
+            self._write_rows([], size)
+            made = self._capture.run(lambda: self._step(size, model, kv, is_greedy), f"decoding {size} rows")
+            captured = self._captured[(size, is_greedy)] = made
         self._write_rows(plan.sample, size)
         captured.graph.replay()
-        self.num_replays += 1
+        self._capture.num_replays += 1
         return captured
 
     def _write_rows(self, rows: list[int], size: int) -> None:
@@ -147,25 +182,6 @@ class DecodeGraphs:
         pinned = torch.from_numpy(host).flatten().pin_memory()
         self._inputs.plan[: 2 * size].copy_(pinned, non_blocking=True)
         self._last_plan = (size, list(rows))
-
-    def _capture(self, size: int, model: Any, kv: KvPlaces, is_greedy: bool) -> Captured:
-        """Run the step once on unused rows, so that every kernel is loaded, then capture it. Blocks."""
-        started = time.monotonic()
-        device = self._rows.tokens.device
-        if self._inputs is None:
-            self._inputs = StaticInputs.create(self._sizes[-1], self._rows, device)
-            self._pool = torch.cuda.graph_pool_handle()
-        before = torch.cuda.memory_reserved(device)
-        self._write_rows([], size)
-        self._step(size, model, kv, is_greedy)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits_RV, drawn_2R = self._step(size, model, kv, is_greedy)
-        self.num_captures += 1
-        self.num_bytes += max(0, torch.cuda.memory_reserved(device) - before)
-        took = time.monotonic() - started
-        logger.info("captured the decode step of %d rows in %.2f s", size, took)
-        return Captured(graph, size, logits_RV, drawn_2R)
 
     def _step(self, size: int, model: Any, kv: KvPlaces, is_greedy: bool) -> tuple[Tensor, Tensor]:
         """Run a whole step of `size` rows from and into the static tensors."""

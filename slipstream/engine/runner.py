@@ -22,8 +22,9 @@ from slipstream.core.batch import ForwardBatch
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
 from slipstream.core.plan import StepPlan, StepResult, TokenLogprobs
-from slipstream.engine.graphs import DecodeGraphs
+from slipstream.engine.graphs import DecodeGraphs, GraphCapture
 from slipstream.engine.host_rows import HostRows
+from slipstream.engine.prompt_graphs import PromptGraphs
 from slipstream.engine.rows import Rows, StepInputs
 from slipstream.engine.wanted_logits import Wanted, WantedLogits, read_all
 from slipstream.sampling.base import DrawnInside, HostCopy, SampleOutput
@@ -129,24 +130,22 @@ class Runner:
         self.make_pages()
         self._layer_place = bind_layers(groups)
         # Captured steps, where the backend can be replayed; without sizes every step runs kernel by kernel.
-        self._graphs: DecodeGraphs | None = None
+        self._capture = GraphCapture(device)
+        self._graphs: list[DecodeGraphs | PromptGraphs] = []
         if graph_sizes:
-            self._graphs = DecodeGraphs(
-                graph_sizes,
-                has_padding=has_graph_padding,
-                rows=self.rows,
-                backend=backend,
-                max_seq_len=max_seq_len,
-            )
+            places = (self._capture, self.rows, backend)
+            self._graphs = [
+                DecodeGraphs(*places, graph_sizes, has_padding=has_graph_padding, max_seq_len=max_seq_len),
+                PromptGraphs(*places, max_seq_len=max_seq_len),
+            ]
 
     @property
     def counters(self) -> dict[str, int]:
         """Return what shows how steps ran: graphs captured and replayed, and the memory they hold."""
-        graphs = self._graphs
         return {
-            "num_graphs": graphs.num_captures if graphs else 0,
-            "num_graph_steps": graphs.num_replays if graphs else 0,
-            "graph_bytes": graphs.num_bytes if graphs else 0,
+            "num_graphs": self._capture.num_captures,
+            "num_graph_steps": self._capture.num_replays,
+            "graph_bytes": self._capture.num_bytes,
             # Steps whose layers ran as native calls; 0 for models that know of none.
             "num_native_steps": getattr(self.model, "num_native_steps", 0),
         }
@@ -162,8 +161,9 @@ class Runner:
 
     def _forget_graphs(self) -> None:
         """Captured steps hold the addresses of weights and pages."""
-        if self._graphs is not None:
-            self._graphs.forget()
+        for graphs in self._graphs:
+            graphs.forget()
+        self._capture.forget()
 
     def drop_pages(self) -> None:
         """Give the memory of all pages back; no step may run before `make_pages`."""
@@ -234,9 +234,10 @@ class Runner:
 
     def _replay(self, handle: StepHandle) -> bool:
         """Run the step by a captured graph, where there is one for it."""
-        plan, graphs = handle.plan, self._graphs
-        size = graphs.size_of(plan) if graphs is not None else None
-        if graphs is None or size is None:
+        plan = handle.plan
+        serving = ((graphs, graphs.size_of(plan)) for graphs in self._graphs)
+        graphs, size = next(((graphs, size) for graphs, size in serving if size is not None), (None, 0))
+        if graphs is None:
             return False
         has_edits = len(self.processors) > 0 or not self.sampler.is_plain_greedy(plan.sample)
         kv = (self._kv_pages, self._layer_place)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from slipstream.kernels.registration import register_op
 
+# More than there are programs where a context is worth cutting.
+NUM_COUNTERS = 4096
+
 
 def paged_decode(
     q_RNH: Tensor,
@@ -19,6 +22,7 @@ def paged_decode(
     table_RC: Tensor,
     seq_lens_R: Tensor,
     out_RNH: Tensor,
+    counters: Tensor,
     max_len: int,
     scale: float,
     window: int,
@@ -26,7 +30,8 @@ def paged_decode(
 ) -> None:
     """Write `out_RNH`. `max_len` bounds `seq_lens_R` from above; `window` and `softcap` are 0 where absent.
 
-    A row of length 0 gets zeros. The definition reads lengths on the host.
+    `counters` are `NUM_COUNTERS` zeros, int32, that a kernel may count in and leaves at zero; the definition
+    has no use for them. A row of length 0 gets zeros. The definition reads lengths on the host.
     """
     for row, length in enumerate(seq_lens_R.tolist()):
         if length == 0:
@@ -73,7 +78,7 @@ def _fake(*arguments: object) -> None:
 
 paged_decode_op = register_op(
     "paged_decode(Tensor q_RNH, Tensor kv_P2tKH, Tensor table_RC, Tensor seq_lens_R, Tensor(a!) out_RNH, "
-    "int max_len, float scale, int window, float softcap) -> ()",
+    "Tensor(b!) counters, int max_len, float scale, int window, float softcap) -> ()",
     paged_decode,
     _fake,
     cuda=_cuda,

@@ -19,6 +19,8 @@ from slipstream.core.request import Request
 from slipstream.engine.assembly import assemble
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.graphs import DecodeGraphs
+from slipstream.engine.prompt_graphs import PromptGraphs
+from slipstream.engine.rows import Rows
 from tests.engine.test_laws import GREEDY, PROMPTS, SAMPLED, SAMPLED_PROMPTS
 from tests.engine.tiny import prompt_ids, tiny_gemma3, tiny_llama, write_folder
 
@@ -28,7 +30,7 @@ NO_REUSE = KvCacheConfig(enable_block_reuse=False)
 
 def graphs(sizes: tuple[int, ...], *, has_padding: bool = True) -> DecodeGraphs:
     nothing: Any = None
-    return DecodeGraphs(sizes, has_padding=has_padding, rows=nothing, backend=nothing, max_seq_len=64)
+    return DecodeGraphs(nothing, nothing, nothing, sizes, has_padding=has_padding, max_seq_len=64)
 
 
 def plan_of(*spans: Span, sample: list[int] | None = None, **fields: Any) -> StepPlan:
@@ -51,6 +53,20 @@ def test_which_steps_have_a_size() -> None:
         plan_of(),
     ):
         assert graphs((1, 2, 4)).size_of(other) is None
+
+
+def test_which_prompts_have_a_length() -> None:
+    nothing: Any = None
+    rows = Rows(max_rows=2, max_seq_len=100, num_groups=1, block_tokens=16, device=torch.device("cpu"))
+    prompts = PromptGraphs(nothing, rows, nothing, max_seq_len=100)
+    lengths = [prompts.size_of(plan_of(Span(1, 7, count))) for count in (1, 2, 16, 17, 90, 97)]
+    assert lengths == [None, 16, 16, 32, 96, None]
+    for other in (
+        plan_of(Span(1, 0, 20), sample=[]),
+        plan_of(Span(1, 0, 20), Span(0, 0, 20)),
+        plan_of(Span(1, 0, 20), logits=[(1, 0, 20, "hidden_states")]),
+    ):
+        assert prompts.size_of(other) is None
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +111,22 @@ def test_tokens_are_those_of_steps_without_graphs(folder: Path, sizes: str, dept
     assert first["num_graphs"] >= 2 and first["num_graph_steps"] > 20
     assert last["num_graph_steps"] > first["num_graph_steps"] + 10 and last["graph_bytes"] > 0
     assert last["max_outstanding"] == depth
+
+
+@pytest.mark.gpu
+def test_prompts_alone_are_replayed_and_right(folder: Path) -> None:
+    """One request at a time: prompts whole, continued after a prefix hit, and in chunks before the last."""
+    params = [SamplingParams(max_tokens=3, ignore_eos=True)] * len(PROMPTS)
+    made: list[list[list[int]]] = []
+    stats: dict[str, Any] = {}
+    for options in (EAGER, {"device": "cuda", "dtype": "float32"}):
+        with LLM(folder, max_num_tokens=48, max_batch_size=8, **options) as llm:
+            made.append([tokens_of(llm, [p], [s])[0] for p, s in zip(PROMPTS, params, strict=True)])
+            stats = llm.get_stats()
+    assert made[0] == made[1]
+    assert stats["num_cached_tokens"] > 0 and stats["num_chunks"] > stats["num_admissions"]
+    # Two decode steps and the last span of the prompt of nearly every request.
+    assert stats["num_graph_steps"] > 2.8 * len(PROMPTS)
 
 
 @pytest.mark.gpu

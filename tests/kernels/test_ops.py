@@ -10,7 +10,7 @@ import torch
 
 from slipstream.kernels.gelu_and_mul import gelu_and_mul, gelu_and_mul_op
 from slipstream.kernels.paged_attention import paged_attention, paged_attention_op
-from slipstream.kernels.paged_decode import paged_decode_op
+from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode_op
 from slipstream.kernels.paged_prefill import paged_prefill_op
 from slipstream.kernels.rms_norm import add_rms_norm, add_rms_norm_op, rms_norm, rms_norm_op
 from slipstream.kernels.rotary import rotary, rotary_op, rotary_table
@@ -67,7 +67,8 @@ def test_store_op_declares_what_it_writes() -> None:
 def test_attention_over_pages_declares_what_it_writes() -> None:
     pages, table = draw(4, 2, 4, 2, 8, seed=3), torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
     lens, start = torch.tensor([7, 3]), torch.tensor([0, 2, 5])
-    decode = (draw(2, 4, 8), pages, table, lens, torch.empty(2, 4, 8), 8, 0.3, 0, 0.0)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32)
+    decode = (draw(2, 4, 8), pages, table, lens, torch.empty(2, 4, 8), counters, 8, 0.3, 0, 0.0)
     tiles = torch.tensor([[0, 0], [1, 0]], dtype=torch.int32)
     prefill = (draw(5, 4, 8), pages, table, lens, start, tiles, torch.empty(5, 4, 8), 0.3, 2, 5.0)
     slots = (draw(3, 2, 8), draw(3, 2, 8), pages, torch.tensor([5, -1, 9]))

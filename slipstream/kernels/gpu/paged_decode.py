@@ -3,7 +3,7 @@
 
 A program takes one row, one kv head and one share of the context: it reads each K and V once for all query
 heads that use it (as the 16 lines of a tensor core product) and keeps a running softmax. With several shares
-a second kernel joins them by their maxima and sums.
+the program that ends last joins them by their maxima and sums.
 Invariant: nothing behind `seq_lens` or before the window is read; a row of length 0 gives zeros.
 Sources: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867; Dao et al.,
 Flash-Decoding for long-context inference (2023).
@@ -41,13 +41,41 @@ def capped_scores(scores, scale_log2, cap_log2, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _join(
+    part_ptr, stats_ptr, out_ptr, out_stride_n, first_line, heads, used, g, h,
+    N: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Join the shares of one row and kv head. Past the L1, which knows nothing of other programs' stores."""
+    s = tl.arange(0, BLOCK_S)
+    line = (first_line + s)[None, :] * N + heads[:, None]
+    is_used = (g < GROUP)[:, None] & (s < used)[None, :]
+    best = tl.load(stats_ptr + line * 2, mask=is_used, other=-1e30, cache_modifier=".cg")
+    total = tl.load(stats_ptr + line * 2 + 1, mask=is_used, other=0.0, cache_modifier=".cg")
+    largest = tl.max(best, 1)
+    total = tl.sum(total * tl.exp2(best - largest[:, None]), 1)
+    acc = tl.zeros((BLOCK_G, BLOCK_H), tl.float32)
+    is_head = (g < GROUP)[:, None] & (h < HEAD)[None, :]
+    for i in range(used):
+        own = (first_line + i) * N + heads
+        weight = tl.exp2(
+            tl.load(stats_ptr + own * 2, mask=g < GROUP, other=-1e30, cache_modifier=".cg") - largest
+        )
+        place = part_ptr + own[:, None] * HEAD + h[None, :]
+        acc += tl.load(place, mask=is_head, other=0.0, cache_modifier=".cg") * weight[:, None]
+    out = acc / tl.maximum(total, 1e-30)[:, None]
+    at_out = out_ptr + heads[:, None] * out_stride_n + h[None, :]
+    tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=is_head)
+
+
+@triton.jit
 def _decode(
-    q_ptr, kv_ptr, table_ptr, lens_ptr, out_ptr, part_ptr, stats_ptr,
+    q_ptr, kv_ptr, table_ptr, lens_ptr, out_ptr, part_ptr, stats_ptr, counters_ptr,
     q_stride_r, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,
     out_stride_r, out_stride_n, scale_log2, cap_log2, window,
     N: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr,
-    IS_EXACT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_CAP: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start_next(PDL)
@@ -103,34 +131,17 @@ def _decode(
         tl.store(part_ptr + line[:, None] * HEAD + h[None, :], acc, mask=is_head)
         tl.store(stats_ptr + line * 2, best, mask=g < GROUP)
         tl.store(stats_ptr + line * 2 + 1, total, mask=g < GROUP)
-
-
-@triton.jit
-def _join(
-    part_ptr, stats_ptr, lens_ptr, out_ptr, out_stride_r, out_stride_n, window,
-    N: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    row, head = tl.program_id(0), tl.program_id(1)
-    start_next(PDL)
-    wait_for_previous(PDL)
-    length = tl.load(lens_ptr + row).to(tl.int32)
-    first = 0
-    if window > 0:
-        first = tl.maximum(0, length - window)
-    share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
-    # The first share is always written, so that an empty row has one of weight 0.
-    used = tl.maximum(tl.cdiv(length - first, tl.maximum(share, 1)), 1)
-    s, h = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_H)
-    line = (row * SPLITS + s) * N + head
-    best = tl.load(stats_ptr + line * 2, mask=s < used, other=-1e30)
-    total = tl.load(stats_ptr + line * 2 + 1, mask=s < used, other=0.0)
-    weight = tl.exp2(best - tl.max(best, 0))
-    mask = (s[:, None] < used) & (h[None, :] < HEAD)
-    part = tl.load(part_ptr + line[:, None] * HEAD + h[None, :], mask=mask, other=0.0)
-    out = tl.sum(part * weight[:, None], 0) / tl.maximum(tl.sum(total * weight, 0), 1e-30)
-    at_out = out_ptr + row * out_stride_r + head * out_stride_n + h
-    tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=h < HEAD)
+        # All lanes have stored before one of them says so; whoever comes last joins the shares.
+        tl.debug_barrier()
+        counter = counters_ptr + row * (N // GROUP) + kv_head
+        # The first share always runs, so that an empty row has one.
+        used = tl.maximum(tl.cdiv(length - first, tl.maximum(share, 1)), 1)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
+            _join(
+                part_ptr, stats_ptr, out_ptr + row * out_stride_r, out_stride_n, row * SPLITS, heads, used,
+                g, h, N, GROUP, HEAD, SPLITS, BLOCK_G, BLOCK_H, BLOCK_S,
+            )  # fmt: skip
+            tl.store(counter, 0)
 
 
 def choose_splits(num_programs: int, max_len: int, *, sms: int) -> int:
@@ -145,6 +156,7 @@ def paged_decode(
     table_RC: Tensor,
     seq_lens_R: Tensor,
     out_RNH: Tensor,
+    counters: Tensor,
     max_len: int,
     scale: float,
     window: int,
@@ -159,6 +171,7 @@ def paged_decode(
     splits = choose_splits(rows * kv_heads, bound, sms=sms_of(q_RNH))
     part = stats = out_RNH
     if splits > 1:
+        assert rows * kv_heads <= len(counters), "a counter for each row and kv head"
         part = torch.empty(rows * splits * heads, size, dtype=torch.float32, device=q_RNH.device)
         stats = torch.empty(rows * splits * heads, 2, dtype=torch.float32, device=q_RNH.device)
     is_exact = q_RNH.dtype == torch.float32
@@ -167,17 +180,12 @@ def paged_decode(
     options = launch_options(q_RNH)
     group = heads // kv_heads
     _decode[(rows, kv_heads, splits)](
-        q_RNH, kv_P2tKH, table_RC, seq_lens_R, out_RNH, part, stats,
+        q_RNH, kv_P2tKH, table_RC, seq_lens_R, out_RNH, part, stats, counters,
         q_RNH.stride(0), q_RNH.stride(1), kv_P2tKH.stride(0), kv_P2tKH.stride(1), kv_P2tKH.stride(2),
         kv_P2tKH.stride(3), table_RC.stride(0), out_RNH.stride(0), out_RNH.stride(1),
         scale * LOG2_E, softcap * LOG2_E if softcap else 1.0, window,
         N=heads, GROUP=group, HEAD=size, PAGE=page_tokens, SPLITS=splits,
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=block_n, BLOCK_H=block_h,
-        HAS_CAP=softcap > 0, IS_EXACT=is_exact, num_warps=4, num_stages=2 if is_exact else 3, **options,
+        BLOCK_S=triton.next_power_of_2(splits), HAS_CAP=softcap > 0, IS_EXACT=is_exact,
+        num_warps=4, num_stages=2 if is_exact else 3, **options,
     )  # fmt: skip
-    if splits > 1:
-        _join[(rows, heads)](
-            part, stats, seq_lens_R, out_RNH, out_RNH.stride(0), out_RNH.stride(1), window,
-            N=heads, HEAD=size, SPLITS=splits, BLOCK_N=block_n, BLOCK_H=block_h,
-            BLOCK_S=triton.next_power_of_2(splits), num_warps=2, **options,
-        )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 
 from slipstream.attention import triton as backend_file
 from slipstream.attention.triton import TritonAttention
+from slipstream.kernels.paged_decode import NUM_COUNTERS
 from tests.attention.dense import Case, run_paged
 from tests.kernels.gpu.conftest import HAS_GPU
 
@@ -83,9 +84,11 @@ def test_a_row_of_no_tokens_gives_zeros(device: str) -> None:
     pages = torch.full((2, 2, 16, 2, 64), float("nan"), device=device)
     table = torch.zeros(3, 400, dtype=torch.int32, device=device)
     lens = torch.zeros(3, dtype=torch.int64, device=device)
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
     for max_len in (16, 6400):
         out = torch.full_like(q_RNH, float("nan"))
-        backend_file.paged_decode_op(q_RNH, pages, table, lens, out, max_len, 0.1, 0, 0.0)
+        backend_file.paged_decode_op(q_RNH, pages, table, lens, out, counters, max_len, 0.1, 0, 0.0)
+        assert not counters.any()
         assert torch.equal(out, torch.zeros_like(out))
 
 
