@@ -228,7 +228,9 @@ class Runner:
             last = to_device([int(end) for _, end in quiet], torch.int64, self._device)
             handle.is_finite = HostCopy(hidden_TD[last].isfinite().all(dim=1))
         if plan.sample:
-            handle.logits_RV = self.model.logits(hidden_TD[batch.logits_idx])
+            # One token a row, sampled in order: the hidden states are what the head needs, as they are.
+            is_whole = hidden_TD.shape[0] == len(plan.sample) and plan.sample == [s.row for s in plan.spans]
+            handle.logits_RV = self.model.logits(hidden_TD if is_whole else hidden_TD[batch.logits_idx])
         if plan.logits:
             handle.wanted = self._wanted.compute(self.model, plan, hidden_TD, handle.logits_RV)
 

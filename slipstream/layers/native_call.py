@@ -19,13 +19,14 @@ from slipstream.layers.block_parts import BlockParts
 from slipstream.layers.linear import Linear
 from slipstream.layers.mlp import GatedMLP
 from slipstream.layers.norm import LayerNorm
+from slipstream.layers.rotary import Rotary
 
 # Scratch follows the longest sequence in steps of so many tokens, not token by token.
 SEQ_LEN_STEP = 1024
 
 
 class NativeStack:
-    """Consecutive blocks of one layout, run by one call."""
+    """Consecutive blocks of one layout, run by one call. `num_calls` counts the steps that ran this way."""
 
     def __init__(self, calls: list[NativeCall]) -> None:
         self._library = library()
@@ -33,6 +34,12 @@ class NativeStack:
         self._records = (ctypes.c_void_p * len(calls))(*(ctypes.addressof(call.record) for call in calls))
         self._reserved = (0, 0, 0)
         self._places: Any = None
+        # Layers share one or two rotary embeddings, and their tables change only as sequences grow.
+        self._turned: dict[Rotary, list[NativeCall]] = {}
+        self._tables: dict[Rotary, Tensor] = {}
+        for call in calls:
+            self._turned.setdefault(call.rotary, []).append(call)
+        self.num_calls = 0
 
     def run(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor:
         """Replace `x_TD` [T, D] float32 by the last block's output, and return it."""
@@ -42,9 +49,12 @@ class NativeStack:
             for call in self.calls:
                 call.bind(batch, step.layer_strides)
             self._places = batch.layer_place
-        for call in self.calls:
-            call.turn_by(plan.max_seq_len)
-            call.num_calls += 1
+        for rotary, calls in self._turned.items():
+            table = rotary.table(plan.max_seq_len)
+            if table is not self._tables.get(rotary):
+                self._tables[rotary] = table
+                for call in calls:
+                    call.record.rotary_table = table.data_ptr()
         self._reserve(step)
         status = self._library.ss_decoder_blocks(
             ctypes.addressof(self._records),
@@ -54,6 +64,7 @@ class NativeStack:
             step.scratch.address,
         )
         assert status == 0, "the backend's capability lets no other head size through"
+        self.num_calls += 1
         return x_TD
 
     def _reserve(self, step: Any) -> None:
@@ -66,27 +77,19 @@ class NativeStack:
 
 
 class NativeCall:
-    """One block as the CPU kernels read it. `num_calls` counts the steps that ran this way."""
+    """One block as the CPU kernels read it."""
 
     def __init__(self, parts: BlockParts) -> None:
         self._kept: list[Any] = []
-        self._rotary = parts.attention.rotary
+        self.rotary = parts.attention.rotary
         self._layer_idx = parts.attention.attention.spec.layer_idx
-        self._table: Tensor | None = None
         self.record = self._fill(parts)
-        self.num_calls = 0
 
     def bind(self, batch: ForwardBatch, layer_strides: list[int]) -> None:
         """Say where this layer's keys and values lie; the same in every step of an engine."""
         group, place = batch.layer_place[self._layer_idx]
         self.record.group = group
         self.record.place_offset = place * layer_strides[group]
-
-    def turn_by(self, needed: int) -> None:
-        """Use a rotary table of at least `needed` positions."""
-        table = self._rotary.table(needed)
-        if table is not self._table:
-            self._table, self.record.rotary_table = table, table.data_ptr()
 
     def layout(self) -> tuple[Any, ...]:
         """Return what decides on the scratch of a call: sizes, and which forms of activations are read."""

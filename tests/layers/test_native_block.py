@@ -11,7 +11,6 @@ import torch
 from slipstream.attention.cpu import CpuPaged
 from slipstream.kernels.cpu.library import library
 from slipstream.kernels.cpu.packed_matrix import Kind
-from slipstream.layers.native_block import NativeBlock
 from slipstream.quant.int8 import Int8
 from slipstream.quant.packed import Packed
 from tests.models.families import FAMILIES
@@ -53,11 +52,7 @@ def runner_of(model: Any, backend: CpuPaged, *, kv_dtype: torch.dtype = torch.fl
 
 
 def native_calls(model: Any) -> int:
-    return sum(block.native.num_calls for block in blocks_of(model) if block.native is not None)
-
-
-def blocks_of(model: Any) -> list[NativeBlock]:
-    return [module for module in model.modules() if isinstance(module, NativeBlock)]
+    return sum(stack.num_calls * len(stack.calls) for stack in model.layers.stacks)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
