@@ -107,7 +107,7 @@ class TritonAttention:
         """Return where each tile of queries starts, (row, first query of the row), made once a step."""
         tiles_M2 = plan.step_cache.get(TILES)
         if tiles_M2 is None:
-            step = tile_queries(q_TNH.dtype, q_TNH.shape[2])
+            step = tile_queries(q_TNH.dtype)
             numbered = enumerate(plan.query_lens[plan.num_decodes :], start=plan.num_decodes)
             # Late tiles of a row see the most keys: first, so that no long one is left over at the end.
             starts = [(row, at) for row, count in numbered for at in reversed(range(0, count, step))]

@@ -24,7 +24,7 @@ from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next,
 LOG2_E = math.log2(math.e)
 # Programs per multiprocessor that keep memory busy, and the most shares worth joining.
 PROGRAMS_PER_SM = 4
-MAX_SPLITS = 32
+MAX_SPLITS = 16
 MIN_SHARE = 64
 
 

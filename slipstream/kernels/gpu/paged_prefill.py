@@ -138,7 +138,7 @@ def paged_prefill(
         return
     is_exact = q_TNH.dtype == torch.float32
     block_h = max(16, triton.next_power_of_2(size))
-    block_m = tile_queries(q_TNH.dtype, size)
+    block_m = tile_queries(q_TNH.dtype)
     block_n = 32 if is_exact else 64
     _prefill[(len(tiles_M2), heads)](
         q_TNH, kv_P2tKH, table_BC, seq_lens_B, query_start_B, tiles_M2, out_TNH,
@@ -147,6 +147,6 @@ def paged_prefill(
         scale * LOG2_E, softcap * LOG2_E if softcap else 1.0, window,
         GROUP=heads // kv_heads, HEAD=size, PAGE=page_tokens, BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_H=block_h, HAS_CAP=softcap > 0, HAS_WINDOW=window > 0, IS_EXACT=is_exact,
-        num_warps=8 if block_m > 64 else 4, num_stages=1 if is_exact else 2 if block_h > 128 else 3,
+        num_warps=4, num_stages=1 if is_exact else 2,
         **launch_options(q_TNH),
     )  # fmt: skip
