@@ -71,7 +71,7 @@ class PackedParameter(Parameter):
         kind = self.packing.kind_of(tensor.dtype)
         is_kept = kind.keeps(tensor.dtype)
         source = tensor.dtype if is_kept else "F32"
-        matrix = PackedMatrix.empty(kind, rows=rows, cols=cols)
+        matrix = PackedMatrix.empty(kind, rows=rows, cols=cols, arena=self.packing.arena)
         multiple = row_multiple * TILE_ROWS
         for start, stop in row_chunks(tensor, 0, rows, multiple):
             if is_kept and tensor.read_raw is not None:

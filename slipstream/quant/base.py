@@ -15,6 +15,7 @@ from torch import Tensor
 from slipstream.core.capability import Capability
 
 if TYPE_CHECKING:
+    from slipstream.kernels.cpu.arena import Arena
     from slipstream.kernels.cpu.packed_matrix import Kind
 
 
@@ -51,7 +52,9 @@ class TensorSpec:
 
 
 class Packing(Protocol):
-    """How a method that packs weights while they stream decides on their form."""
+    """How a method that packs weights while they stream decides on their form, and where they lie."""
+
+    arena: Arena
 
     def kind_of(self, stored: str) -> Kind:
         """Return the form in which a tensor that the checkpoint stores as `stored` is kept."""

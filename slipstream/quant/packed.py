@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slipstream.kernels.cpu.arena import Arena
 from slipstream.kernels.cpu.packed_matrix import Kind, embedding, linear
 from slipstream.quant.base import QuantCapability, TensorSpec
 
@@ -26,6 +27,9 @@ class Packed:
         group_size=32,
         native_blocks=True,
     )
+
+    def __init__(self) -> None:
+        self.arena = Arena()
 
     def kind_of(self, stored: str) -> Kind:
         """Return the form in which a tensor stored as `stored` is kept."""

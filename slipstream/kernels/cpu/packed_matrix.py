@@ -10,16 +10,15 @@ from __future__ import annotations
 import ctypes
 import enum
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from slipstream.core.errors import UnsupportedError
+from slipstream.kernels.cpu.arena import Arena
 from slipstream.kernels.cpu.library import library
 
 TILE_ROWS = 16
 GROUP = 32
-ALIGNMENT = 64
 
 
 class Kind(enum.IntEnum):
@@ -89,21 +88,18 @@ class Matrix(ctypes.Structure):
 class PackedMatrix:
     """A matrix [rows, cols] in packed form. `data` is its memory, uint8."""
 
-    def __init__(self, kind: Kind, *, rows: int, cols: int) -> None:
+    def __init__(self, kind: Kind, *, rows: int, cols: int, arena: Arena | None = None) -> None:
         self.kind, self.rows, self.cols = kind, rows, cols
         self.library = library()
         self.num_bytes: int = self.library.ss_matrix_bytes(int(kind), rows, cols)
-        # numpy leaves the pages untouched until they are written.
-        self._memory = torch.from_numpy(np.empty(self.num_bytes + ALIGNMENT, dtype=np.uint8))
-        start = -self._memory.data_ptr() % ALIGNMENT
-        self.data = self._memory[start : start + self.num_bytes]
+        self.data = (arena or Arena()).take(self.num_bytes)
         self.record = Matrix(self.data.data_ptr(), int(kind), rows, cols, 0)
         self.address = ctypes.addressof(self.record)
 
     @classmethod
-    def empty(cls, kind: Kind, *, rows: int, cols: int) -> PackedMatrix:
-        """Allocate without writing; `pack` fills it in."""
-        return cls(kind, rows=rows, cols=cols)
+    def empty(cls, kind: Kind, *, rows: int, cols: int, arena: Arena | None = None) -> PackedMatrix:
+        """Allocate without writing, in a model's arena or alone; `pack` fills it in."""
+        return cls(kind, rows=rows, cols=cols, arena=arena)
 
     @property
     def tile_bytes(self) -> int:
