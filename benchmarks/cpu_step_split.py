@@ -24,7 +24,7 @@ from slipstream import LLM, SamplingParams
 
 RESULT = Path(__file__).parent / "results" / "cpu_step_split.json"
 BUDGET_MS = 0.2
-KERNELS = ("ss_decoder_blocks", "ss_linear", "ss_embedding", "ss_argmax")
+KERNELS = ("ss_decode", "ss_norm", "ss_decoder_blocks", "ss_linear", "ss_embedding", "ss_argmax")
 
 
 class Clock:

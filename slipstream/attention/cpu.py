@@ -68,8 +68,8 @@ class CpuPaged:
 
     def __init__(self) -> None:
         self.library = library()
-        self._scratch = Scratch()
-        self._records = StepRecords()
+        self.scratch = Scratch()
+        self.records = StepRecords()
         use_threads()
 
     def plan(self, *, query_lens: Sequence[int], max_seq_lens: Sequence[int]) -> AttentionPlan:
@@ -97,14 +97,14 @@ class CpuPaged:
         plan: AttentionPlan = batch.attention_plan
         step = plan.step_cache.get("native")
         if step is None:
-            records = self._records
+            records = self.records
             kept = records.fill(batch, plan)
             step = plan.step_cache["native"] = NativeStep(
                 address=records.address,
                 max_seq_len=plan.max_seq_len,
                 tokens=records.step.tokens,
                 layer_strides=records.layer_strides,
-                scratch=self._scratch,
+                scratch=self.scratch,
                 kept=kept,
             )
         return step
@@ -138,8 +138,7 @@ class StepRecords:
 
     def fill(self, batch: ForwardBatch, plan: AttentionPlan) -> list[Any]:
         """Describe a step; returns what must live as long as the description is used."""
-        if [pages.data_ptr() for pages in batch.kv_pages] != self._bound:
-            self._bind(batch.kv_pages)
+        self.bind(batch.kv_pages)
         kept: list[Any] = []
 
         def address(tensor: Tensor, dtype: torch.dtype) -> int:
@@ -161,9 +160,12 @@ class StepRecords:
         step.max_seq_len = plan.max_seq_len
         return kept
 
-    def _bind(self, kv_pages: list[Tensor]) -> None:
-        """Say where the pages of each group lie."""
-        self._bound = [pages.data_ptr() for pages in kv_pages]
+    def bind(self, kv_pages: list[Tensor]) -> None:
+        """Say where the pages of each group lie, if that has changed."""
+        found = [pages.data_ptr() for pages in kv_pages]
+        if found == self._bound:
+            return
+        self._bound = found
         self._groups = (GroupStep * len(kv_pages))()
         self.step.groups = ctypes.addressof(self._groups)
         self.layer_strides = [pages.stride(1) for pages in kv_pages]

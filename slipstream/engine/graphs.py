@@ -40,6 +40,15 @@ NO_BOUND = 2**40
 PADDING = -1
 
 
+def is_decode_step(plan: StepPlan) -> bool:
+    """Say whether every row of a plan runs its last token and is sampled, and nothing else is wanted."""
+    rows = plan.sample
+    if len(rows) != len(plan.spans) or not rows or plan.logits:
+        return False
+    pairs = zip(plan.spans, rows, strict=True)
+    return all(span.len == 1 and span.row == row and span.parents is None for span, row in pairs)
+
+
 @dataclasses.dataclass(slots=True)
 class StaticInputs:
     """What every captured step reads and writes, at addresses that stay; sliced to the size of a step."""
@@ -145,12 +154,9 @@ class DecodeGraphs:
 
         Served are steps in which every row runs its last token and is sampled.
         """
-        rows = plan.sample
-        if len(rows) != len(plan.spans) or not rows or plan.logits:
+        if not is_decode_step(plan):
             return None
-        for span, row in zip(plan.spans, rows, strict=True):
-            if span.len != 1 or span.row != row or span.parents is not None:
-                return None
+        rows = plan.sample
         place = bisect.bisect_left(self._sizes, len(rows))
         if place == len(self._sizes):
             return None

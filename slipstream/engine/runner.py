@@ -24,6 +24,7 @@ from slipstream.core.errors import UnsupportedError
 from slipstream.core.plan import StepPlan, StepResult, TokenLogprobs
 from slipstream.engine.graphs import DecodeGraphs, GraphCapture
 from slipstream.engine.host_rows import HostRows
+from slipstream.engine.native_steps import NativeSteps
 from slipstream.engine.prompt_graphs import PromptGraphs
 from slipstream.engine.rows import Rows, StepInputs
 from slipstream.engine.wanted_logits import Wanted, WantedLogits, read_all
@@ -131,13 +132,15 @@ class Runner:
         self._layer_place = bind_layers(groups)
         # Captured steps, where the backend can be replayed; without sizes every step runs kernel by kernel.
         self._capture = GraphCapture(device)
-        self._graphs: list[DecodeGraphs | PromptGraphs] = []
+        self._graphs: list[DecodeGraphs | PromptGraphs | NativeSteps] = []
         if graph_sizes:
             places = (self._capture, self.rows, backend)
             self._graphs = [
                 DecodeGraphs(*places, graph_sizes, has_padding=has_graph_padding, max_seq_len=max_seq_len),
                 PromptGraphs(*places, max_seq_len=max_seq_len),
             ]
+        if isinstance(self.rows, HostRows) and backend.capability.native_blocks:
+            self._graphs = [NativeSteps(self.rows, backend, lambda: self.model, max_seq_len=max_seq_len)]
 
     @property
     def counters(self) -> dict[str, int]:
@@ -235,7 +238,7 @@ class Runner:
             handle.wanted = self._wanted.compute(self.model, plan, hidden_TD, handle.logits_RV)
 
     def _replay(self, handle: StepHandle) -> bool:
-        """Run the step by a captured graph, where there is one for it."""
+        """Run the step by a captured graph or as one native call, where there is one for it."""
         plan = handle.plan
         serving = ((graphs, graphs.size_of(plan)) for graphs in self._graphs)
         graphs, size = next(((graphs, size) for graphs, size in serving if size is not None), (None, 0))

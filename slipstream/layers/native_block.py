@@ -35,7 +35,6 @@ class BlockList(nn.ModuleList):
     """The layers of a model. Where all have a native form, neighbours of one layout run as one call."""
 
     stacks: tuple[NativeStack, ...] = ()
-    num_native_steps = 0
 
     def find_stacks(self) -> None:
         """Join the layers' native forms, if every layer has one."""
@@ -52,5 +51,4 @@ class BlockList(nn.ModuleList):
             return None
         for stack in self.stacks:
             x_TD = stack.run(x_TD, batch)
-        self.num_native_steps += 1
         return x_TD

@@ -32,6 +32,7 @@ class NativeStack:
         self._library = library()
         self.calls = calls
         self._records = (ctypes.c_void_p * len(calls))(*(ctypes.addressof(call.record) for call in calls))
+        self.address = ctypes.addressof(self._records)
         self._reserved = (0, 0, 0)
         self._places: Any = None
         # Layers share one or two rotary embeddings, and their tables change only as sequences grow.
@@ -45,27 +46,27 @@ class NativeStack:
         """Replace `x_TD` [T, D] float32 by the last block's output, and return it."""
         plan = batch.attention_plan
         step = plan.backend.native_step(batch)
-        if batch.layer_place is not self._places:
-            for call in self.calls:
-                call.bind(batch, step.layer_strides)
-            self._places = batch.layer_place
-        for rotary, calls in self._turned.items():
-            table = rotary.table(plan.max_seq_len)
-            if table is not self._tables.get(rotary):
-                self._tables[rotary] = table
-                for call in calls:
-                    call.record.rotary_table = table.data_ptr()
+        self.prepare(batch.layer_place, step.layer_strides, plan.max_seq_len)
         self._reserve(step)
         status = self._library.ss_decoder_blocks(
-            ctypes.addressof(self._records),
-            len(self.calls),
-            step.address,
-            x_TD.data_ptr(),
-            step.scratch.address,
+            self.address, len(self.calls), step.address, x_TD.data_ptr(), step.scratch.address
         )
         assert status == 0, "the backend's capability lets no other head size through"
         self.num_calls += 1
         return x_TD
+
+    def prepare(self, layer_place: list[tuple[int, int]], layer_strides: list[int], max_seq_len: int) -> None:
+        """Point the records to where the layers' pages lie, and to tables for so many positions."""
+        if layer_place is not self._places:
+            for call in self.calls:
+                call.bind(layer_place, layer_strides)
+            self._places = layer_place
+        for rotary, calls in self._turned.items():
+            table = rotary.table(max_seq_len)
+            if table is not self._tables.get(rotary):
+                self._tables[rotary] = table
+                for call in calls:
+                    call.record.rotary_table = table.data_ptr()
 
     def _reserve(self, step: Any) -> None:
         """See to it that the engine's scratch is large enough; asks the library only where a step is new."""
@@ -85,9 +86,9 @@ class NativeCall:
         self._layer_idx = parts.attention.attention.spec.layer_idx
         self.record = self._fill(parts)
 
-    def bind(self, batch: ForwardBatch, layer_strides: list[int]) -> None:
+    def bind(self, layer_place: list[tuple[int, int]], layer_strides: list[int]) -> None:
         """Say where this layer's keys and values lie; the same in every step of an engine."""
-        group, place = batch.layer_place[self._layer_idx]
+        group, place = layer_place[self._layer_idx]
         self.record.group = group
         self.record.place_offset = place * layer_strides[group]
 

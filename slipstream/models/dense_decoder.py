@@ -23,6 +23,7 @@ from slipstream.layers.decoder_block import BlockSpec, DecoderBlock
 from slipstream.layers.embedding import LMHead, VocabEmbedding
 from slipstream.layers.linear import local_kv_heads
 from slipstream.layers.native_block import BlockList
+from slipstream.layers.native_decoder import NativeDecoder, find_native_decoder
 from slipstream.layers.norm import RMSNorm
 from slipstream.layers.rope_config import RopeConfig
 from slipstream.layers.rotary import Rotary
@@ -122,6 +123,7 @@ class DenseDecoder(nn.Module):
         "gguf": OuterNames("token_embd", "output_norm", "output", "blk."),
     }
     buffers_of_hf: ClassVar[tuple[str, ...]] = ("model.rotary_emb.inv_freq",)
+    native_decoder: NativeDecoder | None = None
     layer_buffers_of_hf: ClassVar[tuple[str, ...]] = ("self_attn.rotary_emb.inv_freq",)
 
     def __init__(
@@ -178,11 +180,19 @@ class DenseDecoder(nn.Module):
     @property
     def num_native_steps(self) -> int:
         """Return how many steps ran their layers as native calls."""
-        return self.layers.num_native_steps
+        return min((stack.num_calls for stack in self.layers.stacks), default=0)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Return the [T, D] hidden states after the final norm."""
-        return self.norm(run_layers(self.layers, self.embedding(batch), batch))
+        x_TD = run_layers(self.layers, self.embedding(batch), batch)
+        if self.native_decoder is not None and batch.attention_plan.backend.capability.native_blocks:
+            return self.native_decoder.norm(x_TD)
+        return self.norm(x_TD)
+
+    def find_native(self) -> None:
+        """Make the decoder's native form, where it has one; called once the layers have theirs."""
+        if not self.config.final_softcap:
+            self.native_decoder = find_native_decoder(self.layers, self.embedding, self.norm, self.head)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Return [R, V] float32, soft-capped where the configuration says so."""

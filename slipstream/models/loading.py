@@ -17,6 +17,7 @@ from slipstream.checkpoint.dummy import DummyCheckpoint
 from slipstream.core.errors import CheckpointError
 from slipstream.layers.linear import Linear
 from slipstream.layers.native_block import BlockList, NativeBlock
+from slipstream.models.dense_decoder import DenseDecoder
 from slipstream.models.random_weights import fill_random
 from slipstream.models.weight_map import Place
 
@@ -52,6 +53,8 @@ def finish_modules(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BlockList):
             module.find_stacks()
+    if isinstance(model, DenseDecoder):
+        model.find_native()
 
 
 def fitting_tensors(

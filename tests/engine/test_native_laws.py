@@ -1,4 +1,4 @@
-"""Does the native path of a CPU keep law 1? Packed weights, fp16 pages: the same tokens whatever the engine does.
+"""Does the native path of a CPU keep law 1? With packed weights and fp16 pages, the same tokens come out.
 
 Each request runs alone first. Bit-equal logits are the business of `tests/layers/test_native_block.py`; here
 tokens are compared through the whole engine, and a counter shows that the native path made them.
@@ -69,7 +69,10 @@ def test_tokens_do_not_depend_on(
 
 def test_float32_is_one_flag_away(file: Path) -> None:
     with LLM(file, skip_tokenizer_init=True, dtype="float32") as llm:
-        assert (llm.startup.resolved.quantization, llm.startup.resolved.kv_dtype) == ("unquantized", "float32")
+        assert (llm.startup.resolved.quantization, llm.startup.resolved.kv_dtype) == (
+            "unquantized",
+            "float32",
+        )
         assert llm.generate([PROMPTS[0]], PARAMS[0])[0].error is None
         assert llm.get_stats()["num_native_steps"] == 0
 

@@ -1,4 +1,4 @@
-"""What do the block kernels read? Python's mirror of the records in `src/block.h` and `src/attention.h`.
+"""What do the block kernels read? Python's mirror of the records in `src/`.
 
 Invariant: fields, order and widths are those of the C++ records; `tests/kernels/cpu/test_block_records.py`
 compares the sizes. Addresses are plain integers: who fills a record in keeps what they point at alive.
@@ -75,4 +75,40 @@ class Block(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("input_norm", "input_norm_bias", "q_norm", "k_norm")),
         *((name, ctypes.c_void_p) for name in ("post_attention_norm", "mlp_norm", "post_mlp_norm")),
         ("rotary_table", ctypes.c_void_p),
+    )
+
+
+class Decoder(ctypes.Structure):
+    """A decoder around its blocks: look-up, final norm, head."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int64),
+        ("embedding", Matrix),
+        ("head", Matrix),
+        *((name, ctypes.c_void_p) for name in ("norm", "norm_bias", "head_bias")),
+        ("embedding_scale", ctypes.c_float),
+        ("norm_eps", ctypes.c_float),
+        ("is_layer_norm", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+class RowTables(ctypes.Structure):
+    """What an engine keeps of its rows; strides count elements."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "lengths", "block_table")),
+        *((name, ctypes.c_int64) for name in ("token_stride", "group_stride", "row_stride")),
+        *((name, ctypes.c_int64) for name in ("block_tokens", "num_groups")),
+    )
+
+
+class DecodeStep(ctypes.Structure):
+    """A step in which every row runs one token."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("decoder", "tables", "groups", "rows", "starts")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "max_seq_len")),
+        *((name, ctypes.c_void_p) for name in ("logits", "drawn")),
     )

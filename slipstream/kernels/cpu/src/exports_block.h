@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block.h"
+#include "decode_step.h"
 
 #ifndef SS_EXPORT
 #ifdef _WIN32
@@ -60,5 +61,39 @@ SS_EXPORT int32_t ss_attention(const slipstream::Block* block, const slipstream:
   pool().run([&](int thread, int threads) {
     BlockRun(*block, *step, ws, nullptr, thread, threads).run_attention(q, k, v);
   });
+  return 0;
+}
+
+// y [rows][cols] = x normed: by root mean square, or, with a bias, by mean and variance. y may be x.
+SS_EXPORT void ss_norm(const float* x, const float* weight, const float* bias, float eps, int64_t rows,
+                       int64_t cols, float* y) {
+  using namespace slipstream;
+  pool().run([&](int thread, int threads) {
+    const Share mine = Share::of(static_cast<int>(rows), thread, threads);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+      const float* from = x + row * cols;
+      if (bias != nullptr) {
+        layer_norm(from, weight, bias, eps, static_cast<int>(cols), y + row * cols);
+      } else {
+        rms_norm(from, weight, eps, static_cast<int>(cols), y + row * cols);
+      }
+    }
+  });
+}
+
+SS_EXPORT int64_t ss_decode_scratch_bytes(const slipstream::DecodeStep* step) {
+  using namespace slipstream;
+  return static_cast<int64_t>(lay_out_decode(*step->decoder, step->num_rows, step->max_seq_len,
+                                             step->tables->block_tokens, step->tables->num_groups,
+                                             pool().size(), nullptr, nullptr));
+}
+
+// Runs a step in which every row runs one token. Returns 0, or -1 for blocks that no kernel serves.
+SS_EXPORT int32_t ss_decode(const slipstream::DecodeStep* step, uint8_t* scratch) {
+  using namespace slipstream;
+  for (int64_t i = 0; i < step->decoder->num_blocks; ++i) {
+    if (!is_served(*step->decoder->blocks[i])) return -1;
+  }
+  decode(*step, scratch);
   return 0;
 }

@@ -191,13 +191,15 @@ __attribute__((noinline)) void quantized_tile(const TileJob& job) {
   constexpr size_t kScaleStep = group_scale_bytes(Format::kKind);
   const uint8_t* codes = job.codes;
   const uint16_t* scale = reinterpret_cast<const uint16_t*>(job.scales);
+  // Tiles follow each other, codes then scales: what is fetched ahead runs through them as through one stream.
+  const uint8_t* ahead = job.codes + kPrefetchBytes;
   Totals<kNum> totals;
   totals.clear();
   for (int group = 0; group < job.groups; ++group, codes += kCodeStep, scale += kScaleStep / 2) {
     if (kRun == 1 || job.is_first) {
       SS_UNROLL
-      for (size_t line = 0; line < kCodeStep; line += 64) prefetch(codes + kPrefetchBytes + line);
-      if (kScaleStep != 0) prefetch(scale + kPrefetchBytes / kCodeStep * kScaleStep / 2);
+      for (size_t line = 0; line < kCodeStep + kScaleStep; line += 64) prefetch(ahead + line);
+      ahead += kCodeStep + kScaleStep;
     }
     if constexpr (Format::kScales == 2) {
       add_scaled<Format, kNum, kRun, 0, 4>(job, codes, scale, group, totals);
