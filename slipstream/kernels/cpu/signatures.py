@@ -35,6 +35,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ss_block_scratch_bytes": (_INT64, (_ADDRESS, _INT64, _INT64)),
     # blocks, number of blocks, step, x, scratch
     "ss_decoder_blocks": (_INT32, (_ADDRESS, _INT32, _ADDRESS, _ADDRESS, _ADDRESS)),
+    # record
+    "ss_record_bytes": (_INT64, (_INT32,)),
     # x, weight, bias, eps, rows, cols, y
     "ss_norm": (None, (_ADDRESS, _ADDRESS, _ADDRESS, ctypes.c_float, _INT64, _INT64, _ADDRESS)),
     # step

@@ -97,3 +97,12 @@ SS_EXPORT int32_t ss_decode(const slipstream::DecodeStep* step, uint8_t* scratch
   decode(*step, scratch);
   return 0;
 }
+
+// Bytes of the records that Python mirrors, in the order they are declared there; 0 past the last.
+SS_EXPORT int64_t ss_record_bytes(int32_t record) {
+  using namespace slipstream;
+  constexpr int64_t kBytes[] = {sizeof(Matrix), sizeof(KvPages), sizeof(GroupStep), sizeof(Step),
+                                sizeof(Block),  sizeof(Decoder), sizeof(RowTables), sizeof(DecodeStep)};
+  constexpr int32_t kCount = sizeof(kBytes) / sizeof(kBytes[0]);
+  return record >= 0 && record < kCount ? kBytes[record] : 0;
+}
