@@ -17,7 +17,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 TESTS ?= tests
-QUESTION ?= What is the capital of France?
+QUESTION ?= Why is the sky blue?
 
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
