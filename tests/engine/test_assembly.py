@@ -67,5 +67,5 @@ def test_loading_needs_little_more_than_the_weights(
     assert done.returncode == 0, done.stderr
     weight_bytes, grown = map(int, done.stdout.split())
     assert weight_bytes > (90_000_000 if source == "smollm2_path" else 150_000_000)
-    # Large pages, a few chunks of 8 MB, and the tokenizer, which is made meanwhile; a second copy is far more.
+    # Large pages, a few chunks of 8 MB, and the tokenizer, made meanwhile; a second copy would be far more.
     assert weight_bytes <= grown < weight_bytes + max(0.2 * weight_bytes, 60_000_000)
