@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from slipstream.kernels.cpu.library import library
 from slipstream.kernels.cpu.threads import use_threads
 
 MAX_HEAD_DIM = 512
+SEQ_LEN_STEP = 1024
+# Calls whose need of scratch is remembered; far more than an engine's steps differ in.
+MAX_FITTED = 4096
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,9 +44,11 @@ class Scratch:
     """Memory that the kernels of one engine work in; grows, and is never read after a call."""
 
     def __init__(self) -> None:
+        self._library = library()
         self._memory = torch.empty(0, dtype=torch.uint8)
         self.address = 0
         self._num_bytes = 0
+        self._fitted: set[tuple[int, ...]] = set()
 
     def reserve(self, num_bytes: int) -> int:
         """Return the address, aligned to 64, of at least `num_bytes`; it holds until more are asked for."""
@@ -52,6 +57,24 @@ class Scratch:
             self.address = -(-self._memory.data_ptr() // 64) * 64
             self._num_bytes = num_bytes
         return self.address
+
+    def fit(self, call: tuple[int, ...], measure: Callable[[], int]) -> int:
+        """Return the address for a call that `call` describes; asks `measure` only for what is new.
+
+        What a call needs grows with the threads, which another engine may change.
+        """
+        key = (*call, self._library.ss_num_threads())
+        if key not in self._fitted:
+            if len(self._fitted) >= MAX_FITTED:
+                self._fitted.clear()
+            self.reserve(measure())
+            self._fitted.add(key)
+        return self.address
+
+
+def round_up_seq_len(max_seq_len: int) -> int:
+    """Return a bound for scratch, which follows the longest sequence in steps, not token by token."""
+    return -(-max_seq_len // SEQ_LEN_STEP) * SEQ_LEN_STEP
 
 
 class CpuPaged:
@@ -134,7 +157,7 @@ class StepRecords:
         self.layer_strides: list[int] = []
         self._groups: Any = None
         # Addresses, not the pages themselves: an engine that sleeps must be able to free them.
-        self._bound: list[int] = []
+        self._bound: list[tuple[int, torch.Size, torch.dtype]] = []
 
     def fill(self, batch: ForwardBatch, plan: AttentionPlan) -> list[Any]:
         """Describe a step; returns what must live as long as the description is used."""
@@ -156,13 +179,13 @@ class StepRecords:
         step.rows = len(plan.query_lens)
         step.positions = address(batch.positions_kT[0], torch.int64)
         step.query_start = address(batch.query_start, torch.int64)
-        step.seq_lens = address(batch.seq_lens, torch.int64)
         step.max_seq_len = plan.max_seq_len
         return kept
 
     def bind(self, kv_pages: list[Tensor]) -> None:
         """Say where the pages of each group lie, if that has changed."""
-        found = [pages.data_ptr() for pages in kv_pages]
+        # Other pages may come to lie where freed ones lay.
+        found = [(pages.data_ptr(), pages.shape, pages.dtype) for pages in kv_pages]
         if found == self._bound:
             return
         self._bound = found

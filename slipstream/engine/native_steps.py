@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from slipstream.attention.base import AttentionBackend
+from slipstream.attention.cpu import round_up_seq_len
 from slipstream.core.plan import StepPlan
 from slipstream.engine.graphs import KvPlaces, is_decode_step
 from slipstream.engine.host_rows import HostRows
 from slipstream.kernels.cpu.block_records import DecodeStep, RowTables
 from slipstream.kernels.cpu.library import library
-
-# Scratch follows the longest sequence in steps of so many tokens, not token by token.
-SEQ_LEN_STEP = 1024
 
 
 @dataclasses.dataclass(slots=True)
@@ -48,7 +46,6 @@ class NativeSteps:
         self._tables = _tables_of(rows)
         self._step = DecodeStep(tables=ctypes.addressof(self._tables))
         self._logits = torch.empty(0)
-        self._reserved = (0, 0, 0)
 
     def forget(self) -> None:
         """Let go of what is as large as the model's output; records are filled in anew at each step."""
@@ -69,7 +66,7 @@ class NativeSteps:
         starts = np.array([span.start for span in plan.spans], dtype=np.int64)
         rows = np.array(plan.sample, dtype=np.int64)
         bound = min(max(span.start for span in plan.spans) + 1, self._max_seq_len)
-        longest = min(-(-bound // SEQ_LEN_STEP) * SEQ_LEN_STEP, self._max_seq_len)
+        longest = min(round_up_seq_len(bound), self._max_seq_len)
         decoder.stack.prepare(layer_place, records.layer_strides, longest)
         logits_RV = self._logits_of(size, model.config.vocab_size)
         drawn_2R = torch.empty(2, size, dtype=torch.int64)
@@ -79,7 +76,11 @@ class NativeSteps:
         step.num_rows, step.max_seq_len = size, longest
         step.logits = logits_RV.data_ptr()
         step.drawn = drawn_2R.data_ptr() if is_greedy else None
-        status = self._library.ss_decode(ctypes.addressof(step), self._reserve(size, longest))
+        address = ctypes.addressof(step)
+        scratch = self._backend.scratch.fit(
+            (decoder.address, size, longest), lambda: self._library.ss_decode_scratch_bytes(address)
+        )
+        status = self._library.ss_decode(address, scratch)
         assert status == 0, "the backend's capability lets no other head size through"
         decoder.stack.num_calls += 1
         return NativeOutput(logits_RV, drawn_2R)
@@ -88,14 +89,6 @@ class NativeSteps:
         if self._logits.shape[:1] < (size,):
             self._logits = torch.empty(size, vocab_size)
         return self._logits[:size]
-
-    def _reserve(self, size: int, longest: int) -> int:
-        """Return the address of the engine's scratch, large enough for this step."""
-        scratch = self._backend.scratch
-        if self._reserved != (size, longest, scratch.address):
-            scratch.reserve(self._library.ss_decode_scratch_bytes(ctypes.addressof(self._step)))
-            self._reserved = (size, longest, scratch.address)
-        return scratch.address
 
 
 def _tables_of(rows: HostRows) -> RowTables:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from slipstream.attention.cpu import round_up_seq_len
 from slipstream.core.batch import ForwardBatch
 from slipstream.kernels.cpu.block_records import ACTIVATIONS, Block
 from slipstream.kernels.cpu.library import library
@@ -21,9 +22,6 @@ from slipstream.layers.mlp import GatedMLP
 from slipstream.layers.norm import LayerNorm
 from slipstream.layers.rotary import Rotary
 
-# Scratch follows the longest sequence in steps of so many tokens, not token by token.
-SEQ_LEN_STEP = 1024
-
 
 class NativeStack:
     """Consecutive blocks of one layout, run by one call. `num_calls` counts the steps that ran this way."""
@@ -33,7 +31,6 @@ class NativeStack:
         self.calls = calls
         self._records = (ctypes.c_void_p * len(calls))(*(ctypes.addressof(call.record) for call in calls))
         self.address = ctypes.addressof(self._records)
-        self._reserved = (0, 0, 0)
         self._places: Any = None
         # Layers share one or two rotary embeddings, and their tables change only as sequences grow.
         self._turned: dict[Rotary, list[NativeCall]] = {}
@@ -47,9 +44,13 @@ class NativeStack:
         plan = batch.attention_plan
         step = plan.backend.native_step(batch)
         self.prepare(batch.layer_place, step.layer_strides, plan.max_seq_len)
-        self._reserve(step)
+        longest = round_up_seq_len(step.max_seq_len)
+        scratch = step.scratch.fit(
+            (self.address, step.tokens, longest),
+            lambda: self._library.ss_block_scratch_bytes(self._records[0], step.tokens, longest),
+        )
         status = self._library.ss_decoder_blocks(
-            self.address, len(self.calls), step.address, x_TD.data_ptr(), step.scratch.address
+            self.address, len(self.calls), step.address, x_TD.data_ptr(), scratch
         )
         assert status == 0, "the backend's capability lets no other head size through"
         self.num_calls += 1
@@ -67,14 +68,6 @@ class NativeStack:
                 self._tables[rotary] = table
                 for call in calls:
                     call.record.rotary_table = table.data_ptr()
-
-    def _reserve(self, step: Any) -> None:
-        """See to it that the engine's scratch is large enough; asks the library only where a step is new."""
-        size = (step.tokens, -(-step.max_seq_len // SEQ_LEN_STEP) * SEQ_LEN_STEP, step.scratch.address)
-        if size != self._reserved:
-            needed = self._library.ss_block_scratch_bytes(self._records[0], size[0], size[1])
-            step.scratch.reserve(needed)
-            self._reserved = (*size[:2], step.scratch.address)
 
 
 class NativeCall:

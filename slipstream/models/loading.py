@@ -37,9 +37,8 @@ def load_weights(model: Any, checkpoint: Checkpoint, *, progress: Progress | Non
     check_coverage(model, places)
     if isinstance(checkpoint, DummyCheckpoint):
         fill_random(model, progress=progress)
-        return
-    tensors = fitting_tensors(model, checkpoint, places)
-    _place_all(places, tensors, progress)
+    else:
+        _place_all(places, fitting_tensors(model, checkpoint, places), progress)
     finish_modules(model)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from slipstream.core.errors import UnsupportedError
-from slipstream.layers.linear import Linear
 from slipstream.layers.parameter import Parameter
 
 SEED = 0
@@ -45,9 +44,6 @@ def fill_random(
         done += parameter.nbytes
         if progress is not None:
             progress(done, total)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.quant.load(module)
 
 
 def _fill(name: str, parameter: nn.Parameter, noise: _Noise) -> None:

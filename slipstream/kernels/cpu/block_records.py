@@ -55,7 +55,6 @@ class Step(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("positions", ctypes.c_void_p),
         ("query_start", ctypes.c_void_p),
-        ("seq_lens", ctypes.c_void_p),
         ("groups", ctypes.c_void_p),
         ("max_seq_len", ctypes.c_int64),
     )

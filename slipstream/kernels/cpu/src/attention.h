@@ -180,7 +180,7 @@ inline void fold(Mass& state, float* state_out, Mass part, const float* part_out
   state.highest = top;
 }
 
-// Finds the rows of K and V of a chunk's positions; positions past `count` repeat the last.
+// Finds the rows of K and V of a chunk's first `count` positions.
 template <class T>
 inline void find_rows(const KvPages& pages, const int32_t* table, int kv_head, int64_t start, int count,
                       const T** keys, const T** values) {
@@ -195,10 +195,6 @@ inline void find_rows(const KvPages& pages, const int32_t* table, int kv_head, i
       ++page;
     }
   }
-  for (int p = count; p < kChunk; ++p) {
-    keys[p] = keys[count - 1];
-    values[p] = values[count - 1];
-  }
 }
 
 template <class T>
@@ -206,9 +202,7 @@ inline void convert_rows(const T* const* rows, int from, int to, int head_dim, f
   for (int p = from; p < to; ++p) {
     float* row = out + static_cast<size_t>(p) * head_dim;
     for (int d = 0; d < head_dim; d += 8) store8(row + d, load8(rows[p] + d));
-  }
-  for (int p = 0; p < kChunk; ++p) {
-    found[p] = out + static_cast<size_t>(std::min(std::max(p, from), to - 1)) * head_dim;
+    found[p] = row;
   }
 }
 

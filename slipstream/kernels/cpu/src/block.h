@@ -51,9 +51,8 @@ struct Step {
   int64_t tokens, rows;
   const int64_t* positions;    // [tokens]
   const int64_t* query_start;  // [rows + 1]
-  const int64_t* seq_lens;     // [rows] with this step's tokens
   const GroupStep* groups;
-  int64_t max_seq_len;         // bound of seq_lens
+  int64_t max_seq_len;         // bound of the rows' lengths
 };
 
 // Cuts memory into pieces, each on a cache line of its own.

@@ -54,7 +54,7 @@ struct Leader {
 };
 
 struct DecodeScratch {
-  int64_t *positions, *seq_lens, *query_start, *ids, *slots;
+  int64_t *positions, *query_start, *ids, *slots;
   int32_t* table;
   float* x;
   float* normed;
@@ -72,7 +72,6 @@ inline size_t lay_out_decode(const Decoder& decoder, int64_t rows, int64_t max_s
   const Block& block = *decoder.blocks[0];
   made.table_stride = (max_seq_len + block_tokens - 1) / block_tokens;
   made.positions = carver.take_array<int64_t>(rows);
-  made.seq_lens = carver.take_array<int64_t>(rows);
   made.query_start = carver.take_array<int64_t>(rows + 1);
   made.ids = carver.take_array<int64_t>(rows);
   made.slots = carver.take_array<int64_t>(groups * rows);
@@ -99,7 +98,6 @@ inline void describe_rows(const DecodeStep& step, const DecodeScratch& scratch) 
     const int64_t row = step.rows[i];
     const int64_t position = std::min(step.starts[i], tables.lengths[row] - 1);
     scratch.positions[i] = position;
-    scratch.seq_lens[i] = position + 1;
     scratch.query_start[i + 1] = i + 1;
     scratch.ids[i] = tables.tokens[row * tables.token_stride + position];
     for (int64_t g = 0; g < tables.num_groups; ++g) {
@@ -170,8 +168,8 @@ inline void decode(const DecodeStep& step, uint8_t* memory) {
   lay_out_decode(decoder, step.num_rows, step.max_seq_len, step.tables->block_tokens, step.tables->num_groups,
                  pool().size(), memory, &scratch);
   describe_rows(step, scratch);
-  const Step blocks_step{step.num_rows,    step.num_rows, scratch.positions, scratch.query_start,
-                         scratch.seq_lens, step.groups,   step.max_seq_len};
+  const Step blocks_step{step.num_rows, step.num_rows,   scratch.positions, scratch.query_start,
+                         step.groups,   step.max_seq_len};
   Workspace ws;
   lay_out(*decoder.blocks[0], step.num_rows, step.max_seq_len, pool().size(), scratch.blocks, &ws);
   pool().run([&](int thread, int threads) {
