@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
-import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,16 +15,13 @@ from slipstream.core.kv_retention import KvCacheRetentionConfig
 from slipstream.core.outputs import CompletionOutput, RequestOutput
 from slipstream.core.request import Request, RequestOptions
 from slipstream.core.sampling_params import SamplingParams
-from slipstream.engine.assembly import Assembly, assemble
-from slipstream.engine.client import InProcessClient
+from slipstream.engine.assembly import Assembly
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.control import EngineControl
 from slipstream.engine.generation import Answer, Generation
-from slipstream.engine.output_processor import OutputProcessor
 from slipstream.engine.pooling import check_pooling, hidden_states_only, pool
 from slipstream.engine.progress import generating_bar, loading_bar
-from slipstream.engine.prompts import Encoded, Message, Prompt, PromptEncoder, split_prompts, spread_params
-from slipstream.engine.pump import Pump
+from slipstream.engine.prompts import Encoded, Message, Prompt, split_prompts, spread_params
+from slipstream.engine.service import EngineService, local_service
 from slipstream.text.base import Tokenizer
 
 
@@ -42,29 +37,23 @@ class LLM:
     def __init__(self, model: Any, *, use_tqdm: bool | None = None, **options: Any) -> None:
         config = EngineConfig(model=model, **options)
         with loading_bar(use_tqdm) as progress:
-            self._assembly = assemble(config, progress=progress)
-        self._llm_id = f"llm-{uuid.uuid4().hex[:12]}"
-        self._prompts = PromptEncoder(self._assembly.tokenizer)
-        self._seed = config.seed
-        self._ordinals = itertools.count()
-        processor = OutputProcessor(self._assembly.tokenizer, stream_interval=config.stream_interval)
-        self._pump = Pump(InProcessClient(self._assembly.engine), processor)
-        self._control = EngineControl(self._pump, self._assembly, config)
-        # Holds the pump, not self: a deleted LLM (or the interpreter's exit) ends the engine's thread.
-        self._finalizer = weakref.finalize(self, Pump.stop, self._pump)
+            self._service = local_service(config, progress=progress)
+        # Holds the service, not self: a deleted LLM (or the interpreter's exit) ends the engine's thread.
+        self._finalizer = weakref.finalize(self, EngineService.close, self._service)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self._prompts.tokenizer
+        return self._service.prompts.tokenizer
 
     @property
     def llm_id(self) -> str:
-        return self._llm_id
+        return self._service.service_id
 
     @property
     def startup(self) -> Assembly:
         """What was chosen at start and why, the memory ledger and the limits of a request."""
-        return self._assembly
+        assert self._service.assembly is not None, "the engine is in this process"
+        return self._service.assembly
 
     def get_stats(self) -> dict[str, Any]:
         """Return the engine's counters, all of one moment between two steps.
@@ -72,23 +61,23 @@ class LLM:
         Executed and cached tokens, plans, preemptions, free pages, `kv_cache_usage` and `prefix_hit_rate`
         (from 0 to 1), `finish_reasons` (samples ended, by reason) and more.
         """
-        return self._control.stats().result()
+        return self._service.stats().result()
 
     async def get_stats_async(self) -> dict[str, Any]:
         """Return the same as `get_stats` without blocking the event loop."""
-        return await asyncio.wrap_future(self._control.stats())
+        return await asyncio.wrap_future(self._service.stats())
 
     def get_kv_cache_events(self) -> list[dict[str, Any]]:
         """Return what the KV cache stored and removed since the last call, oldest first."""
-        return self._control.kv_cache_events().result()
+        return self._service.command("kv_cache_events").result()
 
     async def get_kv_cache_events_async(self) -> list[dict[str, Any]]:
         """Return the same as `get_kv_cache_events` without blocking the event loop."""
-        return await asyncio.wrap_future(self._control.kv_cache_events())
+        return await asyncio.wrap_future(self._service.command("kv_cache_events"))
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix, between two steps; what runs is not touched."""
-        self._control.reset_prefix_cache().result()
+        self._service.command("reset_prefix_cache").result()
 
     def sleep(self, level: int = 1) -> None:
         """Free the KV cache (level 1), or the weights too (level 2), once nothing runs; waits until then.
@@ -96,11 +85,11 @@ class LLM:
         Requests are refused until `wake_up`. Raises ConfigError for another level, or where the weights
         could not be read again.
         """
-        self._control.sleep(level).result()
+        self._service.command("sleep", level=level).result()
 
     def wake_up(self) -> None:
         """Allocate again what `sleep` freed; weights come from the checkpoint. Without effect when awake."""
-        self._control.wake_up().result()
+        self._service.command("wake_up").result()
 
     def update_weights(self, source: str | Path | Mapping[str, Any]) -> None:
         """Replace the weights once nothing runs; later requests wait for it and reuse no earlier prefix.
@@ -109,7 +98,7 @@ class LLM:
         CheckpointError where it does not fit: the old weights stay. If reading it fails half-way, requests
         are refused until an update succeeds.
         """
-        self._control.update_weights(source).result()
+        self._service.command("update_weights", source=source).result()
 
     def generate(
         self,
@@ -129,7 +118,7 @@ class LLM:
         ends with finish_reason "timeout" and what it has.
         """
         batch, is_single = split_prompts(prompts)
-        encoded = [self._prompts.encode(prompt) for prompt in batch]
+        encoded = [self._service.prompts.encode(prompt) for prompt in batch]
         options = RequestOptions(timeout_s=timeout_s, kv_retention=kv_cache_retention_config)
         outputs = self._run(encoded, sampling_params, options, use_tqdm, raise_on_error)
         return outputs[0] if is_single else outputs
@@ -150,7 +139,7 @@ class LLM:
         is_single = not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if is_single else messages
         encoded = [
-            self._prompts.encode_chat(conversation, add_generation_prompt, chat_template_kwargs or {})
+            self._service.prompts.encode_chat(conversation, add_generation_prompt, chat_template_kwargs or {})
             for conversation in conversations
         ]
         options = RequestOptions(timeout_s=timeout_s, kv_retention=kv_cache_retention_config)
@@ -173,7 +162,7 @@ class LLM:
         """
         check_pooling(pooling)
         batch, is_single = split_prompts(prompts)
-        encoded = [self._prompts.encode(prompt) for prompt in batch]
+        encoded = [self._service.prompts.encode(prompt) for prompt in batch]
         params = SamplingParams(max_tokens=1, detokenize=False)
         outputs = self._run(
             encoded, params, RequestOptions(), use_tqdm, raise_on_error, change=hidden_states_only
@@ -197,7 +186,9 @@ class LLM:
         last. Raises RequestError where the prompt is refused.
         """
         options = RequestOptions(timeout_s=timeout_s, kv_retention=kv_cache_retention_config)
-        return self._start(self._prompts.encode(prompt), sampling_params, options, streaming, request_id)
+        return self._start(
+            self._service.prompts.encode(prompt), sampling_params, options, streaming, request_id
+        )
 
     def chat_async(
         self,
@@ -212,7 +203,9 @@ class LLM:
         kv_cache_retention_config: KvCacheRetentionConfig | None = None,
     ) -> Generation:
         """Start one conversation's answer; see `generate_async`."""
-        encoded = self._prompts.encode_chat(messages, add_generation_prompt, chat_template_kwargs or {})
+        encoded = self._service.prompts.encode_chat(
+            messages, add_generation_prompt, chat_template_kwargs or {}
+        )
         options = RequestOptions(timeout_s=timeout_s, kv_retention=kv_cache_retention_config)
         return self._start(encoded, sampling_params, options, streaming, request_id)
 
@@ -224,9 +217,11 @@ class LLM:
         streaming: bool,
         request_id: str | None,
     ) -> Generation:
-        request = self._request(encoded, params or SamplingParams(), options, request_id)
-        generation = Generation(request.request_id, self._pump.client.abort)
-        self._pump.submit([(request, generation.put)], streams=streaming)
+        request = self._service.create_request(
+            encoded, params or SamplingParams(), request_id=request_id, options=options
+        )
+        generation = Generation(request.request_id, self._service.abort)
+        self._service.submit(request, generation.put, streams=streaming)
         return generation
 
     def _run(
@@ -245,14 +240,13 @@ class LLM:
         batch: list[tuple[Request, Any]] = []
         for item, one in zip(encoded, each, strict=True):
             try:
-                request = self._request(item, one, options, None)
-                request = change(request) if change else request
+                request = self._service.create_request(item, one, options=options, change=change)
             except RequestError as error:
                 if raise_on_error:
                     raise
                 slots.append(_failed(item, error))
                 continue
-            generation = Generation(request.request_id, self._pump.client.abort)
+            generation = Generation(request.request_id, self._service.abort)
             slots.append(generation)
             batch.append((request, generation.put))
         outputs = self._wait(batch, slots, use_tqdm)
@@ -269,7 +263,7 @@ class LLM:
     ) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         try:
-            self._pump.submit(batch)
+            self._service.submit_batch(batch)
             with generating_bar(len(slots), use_tqdm) as advance:
                 for slot in slots:
                     outputs.append(slot if isinstance(slot, RequestOutput) else slot.result())
@@ -282,33 +276,9 @@ class LLM:
             raise
         return outputs
 
-    def _request(
-        self, encoded: Encoded, params: SamplingParams, options: RequestOptions, request_id: str | None
-    ) -> Request:
-        if encoded.error is not None:
-            raise encoded.error
-        ordinal = next(self._ordinals)
-        request = Request.create(
-            encoded.token_ids,
-            params,
-            self._assembly.limits,
-            request_id=request_id or f"{self._llm_id}-{ordinal}",
-            prompt=encoded.text,
-            default_seed=None if self._seed is None else (self._seed + ordinal) % 2**63,
-            options=options,
-            encode_bad=None if self._assembly.tokenizer is None else self._prompts.encode_bad,
-        )
-        if request.stop and self._assembly.tokenizer is None:
-            raise RequestError(
-                "stop strings need a tokenizer, and this LLM has none; use stop_token_ids.",
-                param="stop",
-            )
-        return request
-
     def shutdown(self) -> None:
         """Stop the engine; pending requests fail with code "engine_stopped". Idempotent."""
         self._finalizer()
-        self._prompts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -401,7 +371,7 @@ class AsyncLLM:
 
     def abort(self, request_id: str) -> None:
         """End a request; who reads it gets a last output with finish_reason "cancelled". Idempotent."""
-        self.llm._pump.client.abort(request_id)
+        self.llm._service.abort(request_id)
 
     async def get_stats(self) -> dict[str, Any]:
         return await self.llm.get_stats_async()
@@ -410,16 +380,16 @@ class AsyncLLM:
         return await self.llm.get_kv_cache_events_async()
 
     async def reset_prefix_cache(self) -> None:
-        await asyncio.wrap_future(self.llm._control.reset_prefix_cache())
+        await asyncio.wrap_future(self.llm._service.command("reset_prefix_cache"))
 
     async def sleep(self, level: int = 1) -> None:
-        await asyncio.wrap_future(self.llm._control.sleep(level))
+        await asyncio.wrap_future(self.llm._service.command("sleep", level=level))
 
     async def wake_up(self) -> None:
-        await asyncio.wrap_future(self.llm._control.wake_up())
+        await asyncio.wrap_future(self.llm._service.command("wake_up"))
 
     async def update_weights(self, source: str | Path | Mapping[str, Any]) -> None:
-        await asyncio.wrap_future(self.llm._control.update_weights(source))
+        await asyncio.wrap_future(self.llm._service.command("update_weights", source=source))
 
     async def shutdown(self) -> None:
         """Stop the engine without blocking the event loop. Idempotent."""

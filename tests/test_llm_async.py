@@ -93,12 +93,12 @@ def test_the_loop_runs_on_while_a_model_loads_and_answers(
     """
     has_counted = threading.Event()
 
-    def assemble_once_counted(*args: Any, **options: Any) -> Any:
+    def serve_once_counted(*args: Any, **options: Any) -> Any:
         assert has_counted.wait(30.0), "the loop stood still while the model loaded"
-        return assemble(*args, **options)
+        return local_service(*args, **options)
 
-    assemble = llm_module.assemble
-    monkeypatch.setattr(llm_module, "assemble", assemble_once_counted)
+    local_service = llm_module.local_service
+    monkeypatch.setattr(llm_module, "local_service", serve_once_counted)
 
     async def test() -> None:
         ticks = 0

@@ -124,7 +124,7 @@ def test_sleep_waits_for_what_runs(llm: LLM) -> None:
     params = SamplingParams(max_tokens=100, ignore_eos=True)
     running = llm.generate_async(PROMPTS[0], params)
     aborted = llm.generate_async(PROMPTS[1], SamplingParams(max_tokens=180, ignore_eos=True))
-    sleeping = llm._control.sleep(1)
+    sleeping = llm._service.command("sleep", level=1)
     late = llm.generate_async(PROMPTS[1], params)
     aborted.abort()
     sleeping.result(DEADLINE_S)
@@ -244,7 +244,7 @@ def test_an_update_waits_for_what_runs_and_later_requests_wait_for_it(
     folders: tuple[Path, Path], llm: LLM, expected: list[list[list[int]]]
 ) -> None:
     before = llm.generate_async(PROMPTS[0], GREEDY)
-    updating = llm._control.update_weights(folders[1])
+    updating = llm._service.command("update_weights", source=folders[1])
     after = llm.generate_async(PROMPTS[0], GREEDY)
     updating.result(DEADLINE_S)
     assert before.result(DEADLINE_S).outputs[0].token_ids == expected[0][0]

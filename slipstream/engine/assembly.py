@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# What a publisher may recommend for requests that do not say.
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
 # Called with (what is being done, share done so far from 0 to 1).
 Progress = Callable[[str, float], None]
 
@@ -59,6 +62,7 @@ class Assembly:
     """An engine ready to run, and what was decided on the way. `report` is for people.
 
     `build_model` makes another model like the engine's, its parameters allocated and empty.
+    `default_sampling` are the settings that the model's publisher recommends.
     """
 
     engine: Engine
@@ -70,6 +74,7 @@ class Assembly:
     load_s: float
     report: list[str]
     build_model: Callable[[torch.device], Any]
+    default_sampling: dict[str, float]
 
 
 def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assembly:
@@ -128,6 +133,7 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         load_s=load_s,
         report=report,
         build_model=lambda device: build(device=device),
+        default_sampling=recommended_sampling(checkpoint),
     )
 
 
@@ -264,6 +270,18 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
         return "bfloat16"
     name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     return str(name).removeprefix("torch.")
+
+
+def recommended_sampling(checkpoint: Checkpoint) -> dict[str, float]:
+    """Return what `generation_config.json` says of sampling, where it is a number."""
+    found: dict[str, float] = {}
+    for name in RECOMMENDED:
+        value = checkpoint.generation_config.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = value
+        elif value is not None:
+            logger.warning("generation_config.json: %s is no number and counts as unset", name)
+    return found
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:

@@ -1,24 +1,30 @@
-"""How do the doors talk to an engine, wherever it runs? Submit, abort, calls, and one stream of events.
+"""How do the doors talk to an engine, wherever it runs? Submit, abort, commands, and one stream of events.
 
 `InProcessClient` is the engine in this process: whoever calls `events` drives it. `submit`, `abort` and
-`call` may be called from any thread and never block on a step; they take effect before the next one, in their
-order. A call that wants an idle engine holds back the requests that came after it.
+`command` may be called from any thread and never block on a step; they take effect before the next one, in
+their order. A command that wants an idle engine holds back the requests that came after it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from slipstream.core.errors import EngineError, RequestError
+from slipstream.core.errors import ConfigError, EngineError, RequestError, nearest
 from slipstream.core.outputs import TokenEvent
 from slipstream.core.request import Request
-from slipstream.engine.engine import Engine
+from slipstream.engine.health import DEFAULT_MAX_STEP_S, Health
+
+if TYPE_CHECKING:
+    # At run time an engine may be in another process, whose client needs no torch.
+    from slipstream.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +33,36 @@ STOPPED = "The engine is shut down; create a new LLM."
 
 
 class EngineClient(Protocol):
-    """`events` blocks until something happened, `timeout_s` passed or the client was closed (then [])."""
+    """`events` blocks until something happened, `timeout_s` passed or the client was closed (then []).
+
+    `command` runs an engine's command by name; `last_stats` and `health` never wait for the engine.
+    """
 
     def submit(self, requests: Sequence[Request]) -> None: ...
 
     def abort(self, request_id: str, index: int | None = None) -> None: ...
 
-    def call(self, function: Callable[[Engine], T], *, when_idle: bool = False) -> Future[T]: ...
+    def command(self, name: str, arguments: Mapping[str, Any]) -> Future[Any]: ...
 
     def events(self, timeout_s: float) -> list[TokenEvent]: ...
 
+    def last_stats(self) -> dict[str, Any]: ...
+
+    def health(self) -> Health: ...
+
     def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Command:
+    """What an engine does under a name: `function(engine, **arguments)`, between two steps.
+
+    With `when_idle` it waits until nothing runs. `check(**arguments)` raises at once for wrong arguments.
+    """
+
+    function: Callable[..., Any]
+    when_idle: bool = False
+    check: Callable[..., None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -63,8 +88,19 @@ Abort = tuple[str, int | None]
 class InProcessClient:
     """An engine driven by the thread that waits for its events."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        commands: Mapping[str, Command] | None = None,
+        *,
+        max_step_s: float = DEFAULT_MAX_STEP_S,
+    ) -> None:
         self.engine = engine
+        self.num_steps = 0
+        self._commands = dict(commands or {})
+        self._max_step_s = max_step_s
+        # When the step or command that runs now began.
+        self._busy_since_s: float | None = None
         self._inbox: deque[Request | Abort | Call] = deque()
         self._wake = threading.Condition()
         self._is_closed = False
@@ -97,10 +133,60 @@ class InProcessClient:
             self._wake.notify()
         return future
 
+    def command(self, name: str, arguments: Mapping[str, Any]) -> Future[Any]:
+        """Run a command by name, as `call` does. Raises ConfigError for what the engine does not take."""
+        command = self._commands.get(name)
+        if command is None:
+            raise ConfigError(
+                f"The engine has no command {name!r}; valid: {', '.join(sorted(self._commands))}."
+                + nearest(name, self._commands)
+            )
+        try:
+            inspect.signature(command.function).bind(None, **arguments)
+        except TypeError as error:
+            raise ConfigError(f"The engine's command {name!r}: {error}.") from None
+        if command.check is not None:
+            command.check(**arguments)
+        return self.call(lambda engine: command.function(engine, **arguments), when_idle=command.when_idle)
+
+    def last_stats(self) -> dict[str, Any]:
+        """Look at the counters without the engine's thread: for when no step runs any more."""
+        command = self._commands.get("stats")
+        return {} if command is None else command.function(self.engine)
+
+    @property
+    def is_idle(self) -> bool:
+        """Say whether `events` has nothing to do."""
+        return not self._inbox and not self.engine.has_work
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds that the step or command of now has taken so far."""
+        since = self._busy_since_s
+        return 0.0 if since is None else time.monotonic() - since
+
+    def health(self) -> Health:
+        stalled_s, refusal = self.stalled_s, self.engine.refusal
+        if self._is_closed:
+            return Health("stopped", STOPPED, self.num_steps)
+        if stalled_s > self._max_step_s:
+            return Health("stuck", f"A step has taken {stalled_s:.0f} s so far.", self.num_steps)
+        if refusal is not None:
+            return Health("asleep", refusal.message, self.num_steps)
+        return Health("ready", "", self.num_steps)
+
     def events(self, timeout_s: float) -> list[TokenEvent]:
         with self._wake:
             if not self._inbox and not self.engine.has_work and not self._is_closed:
                 self._wake.wait(timeout_s)
+        self._busy_since_s = time.monotonic()
+        try:
+            return self._advance()
+        finally:
+            self._busy_since_s = None
+
+    def _advance(self) -> list[TokenEvent]:
+        """Do what has arrived, then one step."""
         events: list[TokenEvent] = []
         while (item := self._next_item(is_quiet=not events)) is not None:
             events += self._receive(item)
@@ -109,6 +195,7 @@ class InProcessClient:
                 return []
         if self.engine.has_work:
             events += self.engine.step()
+            self.num_steps += 1
         return events
 
     def _next_item(self, *, is_quiet: bool) -> Request | Abort | Call | None:

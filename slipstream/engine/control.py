@@ -1,8 +1,8 @@
 """What may be done to an engine between two of its steps? Look at it, forget prefixes, sleep, change weights.
 
-Everything here runs on the engine's thread through `EngineClient.call`, so it sees no half-done step. What
-takes pages or weights away waits until nothing runs; requests that come meanwhile wait for it or, where the
-engine then sleeps, are refused.
+Everything here is a command by name that runs on the engine's thread, in whichever process that is, so it
+sees no half-done step. What takes pages or weights away waits until nothing runs; requests that come then
+wait for it or, where the engine sleeps, are refused.
 Invariant: a failed change leaves the engine as it was, or refusing every request with what to do.
 """
 
@@ -14,7 +14,6 @@ import gc
 import logging
 import sys
 from collections.abc import Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,11 @@ from slipstream.checkpoint.base import Checkpoint
 from slipstream.checkpoint.dummy import DummyCheckpoint
 from slipstream.checkpoint.in_memory import InMemoryCheckpoint
 from slipstream.checkpoint.opening import open_checkpoint
-from slipstream.core.errors import CheckpointError, ConfigError, EngineError, RequestError
+from slipstream.core.errors import CheckpointError, ConfigError, RequestError
 from slipstream.engine.assembly import Assembly
+from slipstream.engine.client import Command
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine import Engine
-from slipstream.engine.output_processor import OutputProcessor
-from slipstream.engine.pump import Pump
 from slipstream.models.loading import fitting_tensors, load_weights
 from slipstream.models.registry import model_class, read_config
 
@@ -43,25 +41,25 @@ WITHOUT_WEIGHTS = (
 
 
 class EngineControl:
-    """The calls of one engine. Each returns a future at once; `pump` runs them."""
+    """The commands of one engine."""
 
-    def __init__(self, pump: Pump, assembly: Assembly, config: EngineConfig) -> None:
-        self._pump = pump
-        self._processor: OutputProcessor = pump.processor
+    def __init__(self, assembly: Assembly, config: EngineConfig) -> None:
         self._assembly = assembly
         self._config = config
         # Where the weights of now can be read again; None where they came from memory.
         self._source: str | Path | None = config.model
         self._sleep_level = 0
 
-    def stats(self) -> Future[dict[str, Any]]:
-        try:
-            return self._pump.call(self._stats)
-        except EngineError:
-            # No thread steps the engine any more, or it is this one.
-            future: Future[dict[str, Any]] = Future()
-            future.set_result(self._stats(self._assembly.engine))
-            return future
+    def commands(self) -> dict[str, Command]:
+        """Return what this engine does by name."""
+        return {
+            "stats": Command(self._stats),
+            "reset_prefix_cache": Command(_reset_prefix_cache),
+            "kv_cache_events": Command(_kv_cache_events),
+            "sleep": Command(self._sleep, when_idle=True, check=_check_sleep),
+            "wake_up": Command(self._wake_up),
+            "update_weights": Command(self._update_weights, when_idle=True),
+        }
 
     def _stats(self, engine: Engine) -> dict[str, Any]:
         scheduler = engine.scheduler
@@ -76,25 +74,10 @@ class EngineControl:
             "num_pages": pool.num_usable,
             "kv_cache_usage": 1.0 - pool.num_free / pool.num_usable,
             "prefix_hit_rate": stats.num_cached_tokens / seen if seen else 0.0,
-            "finish_reasons": dict(self._processor.finish_reasons),
             "sleep_level": self._sleep_level,
         }
 
-    def reset_prefix_cache(self) -> Future[None]:
-        return self._pump.call(lambda engine: engine.scheduler.cache.reset_prefix_cache())
-
-    def kv_cache_events(self) -> Future[list[dict[str, Any]]]:
-        """Drain the cache's events. The future raises ConfigError where none are recorded."""
-        return self._pump.call(lambda engine: engine.scheduler.drain_kv_events())
-
-    def sleep(self, level: int) -> Future[None]:
-        if level not in (1, 2):
-            raise ConfigError(
-                f"sleep(level={level!r}): 1 frees the KV cache and keeps the weights, 2 frees both."
-            )
-        return self._pump.call(lambda engine: self._sleep(engine, level), when_idle=True)
-
-    def _sleep(self, engine: Engine, level: int) -> None:
+    def _sleep(self, engine: Engine, level: int = 1) -> None:
         if level == 2 and self._source is None:
             raise ConfigError(
                 "sleep(level=2): the weights came from memory, so wake_up() could not read them again; use "
@@ -110,9 +93,6 @@ class EngineControl:
         self._sleep_level = level
         _return_memory()
 
-    def wake_up(self) -> Future[None]:
-        return self._pump.call(self._wake_up)
-
     def _wake_up(self, engine: Engine) -> None:
         if not self._sleep_level:
             return
@@ -122,9 +102,6 @@ class EngineControl:
         engine.runner.make_pages()
         self._sleep_level = 0
         engine.refusal = None
-
-    def update_weights(self, source: str | Path | Mapping[str, Any]) -> Future[None]:
-        return self._pump.call(lambda engine: self._update_weights(engine, source), when_idle=True)
 
     def _update_weights(self, engine: Engine, source: str | Path | Mapping[str, Any]) -> None:
         if self._sleep_level:
@@ -175,6 +152,22 @@ class EngineControl:
                 )
         if not isinstance(checkpoint, DummyCheckpoint):
             fitting_tensors(blank, checkpoint)
+
+
+def _check_sleep(level: int = 1) -> None:
+    if level not in (1, 2):
+        raise ConfigError(
+            f"sleep(level={level!r}): 1 frees the KV cache and keeps the weights, 2 frees both."
+        )
+
+
+def _reset_prefix_cache(engine: Engine) -> None:
+    engine.scheduler.cache.reset_prefix_cache()
+
+
+def _kv_cache_events(engine: Engine) -> list[Any]:
+    """Drain the cache's events. Raises ConfigError where none are recorded."""
+    return engine.scheduler.drain_kv_events()
 
 
 def _difference(blank: Any, cls: type, given: Any) -> str:

@@ -9,29 +9,31 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any
 
 from slipstream.core.errors import EngineError
 from slipstream.core.request import Request
 from slipstream.engine.client import STOPPED, EngineClient
-from slipstream.engine.engine import Engine
+from slipstream.engine.health import Health
 from slipstream.engine.output_processor import Listener, OutputProcessor
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 POLL_S = 0.5
 
 
 class Pump:
-    """The engine's thread. `stop` is idempotent and leaves no thread behind."""
+    """The engine's thread. `stop` is idempotent and leaves no thread behind.
+
+    `after_batch` is called on it once after the listeners of a batch of events.
+    """
 
     def __init__(self, client: EngineClient, processor: OutputProcessor) -> None:
         self.client = client
         self.processor = processor
+        self.after_batch: Callable[[], None] | None = None
         self._owner = os.getpid()
         self._is_stopping = threading.Event()
         self._failure: str | None = None
@@ -56,14 +58,19 @@ class Pump:
                     self.processor.discard(request.request_id)
                 raise
 
-    def call(self, function: Callable[[Engine], T], *, when_idle: bool = False) -> Future[T]:
-        """Run a function on the engine's thread between two steps; see `EngineClient.call`."""
+    def command(self, name: str, arguments: Mapping[str, Any]) -> Future[Any]:
+        """Run a command of the engine between two steps; see `EngineClient.command`."""
         self._check_owner()
         if threading.current_thread() is self._thread:
             raise EngineError("The engine's own thread cannot wait for itself; call from another thread.")
         if self._failure is not None:
             raise EngineError(self._failure)
-        return self.client.call(function, when_idle=when_idle)
+        return self.client.command(name, arguments)
+
+    def health(self) -> Health:
+        if self._failure is not None:
+            return Health("stopped", self._failure)
+        return self.client.health()
 
     def _check_owner(self) -> None:
         # Before any lock: a fork may have copied it while the engine's thread held it.
@@ -76,8 +83,11 @@ class Pump:
     def _run(self) -> None:
         try:
             while not self._is_stopping.is_set():
-                for request_id, index in self.processor.process(self.client.events(POLL_S)):
+                events = self.client.events(POLL_S)
+                for request_id, index in self.processor.process(events):
                     self.client.abort(request_id, index)
+                if events and self.after_batch is not None:
+                    self.after_batch()
         except Exception as error:
             logger.exception("the engine stopped")
             self._fail(f"The engine stopped: {type(error).__name__}: {error}")
@@ -89,6 +99,8 @@ class Pump:
             self._failure = message
             self.client.close()
             self.processor.fail_all(message)
+            if self.after_batch is not None:
+                self.after_batch()
 
     def stop(self) -> None:
         """End the thread after the step it is in; pending requests fail with code "engine_stopped"."""

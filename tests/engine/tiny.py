@@ -151,7 +151,7 @@ def wait_idle(llm: LLM, *, deadline_s: float = 60.0) -> None:
     """Wait until an engine has nothing to do, and assert that it holds no page then."""
     scheduler = llm.startup.engine.scheduler
     deadline = time.monotonic() + deadline_s
-    while scheduler.has_work or llm._pump.client._inbox:
+    while scheduler.has_work or llm._service.client._inbox:
         assert time.monotonic() < deadline, f"never idle: {llm.get_stats()}"
         time.sleep(0.002)
     stats = llm.get_stats()

@@ -1,0 +1,215 @@
+"""What does a door need of an engine, wherever it runs? Facts, prompts to requests, requests to outputs.
+
+`local_service` runs the engine in this process. Every method may be called from any thread; listeners and
+`after_batch` run on the one thread that reads the engine's events.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from slipstream import __version__
+from slipstream.core.errors import EngineError, RequestError
+from slipstream.core.limits import Limits
+from slipstream.core.request import Request, RequestOptions
+from slipstream.core.sampling_params import SamplingParams
+from slipstream.engine.client import EngineClient, InProcessClient
+from slipstream.engine.config import EngineConfig
+from slipstream.engine.health import DEFAULT_MAX_STEP_S, Health
+from slipstream.engine.output_processor import Listener, OutputProcessor
+from slipstream.engine.prompts import Encoded, PromptEncoder
+from slipstream.engine.pump import Pump
+from slipstream.text.base import Tokenizer
+
+if TYPE_CHECKING:
+    # A door whose engine is in another process never loads torch.
+    from slipstream.engine.assembly import Assembly, Progress
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What does not change while an engine runs.
+
+    `num_pages` are those that requests can use. `report` says in lines what was chosen and why;
+    `default_sampling` is what the model's publisher recommends, by the names of `SamplingParams`. `seed`
+    seeds the requests that bring none; a streaming sample is shown every `stream_interval` tokens.
+    """
+
+    model: str
+    version: str
+    limits: Limits
+    max_batch_size: int
+    max_num_tokens: int
+    num_pages: int
+    tokens_per_block: int
+    device: str
+    dtype: str
+    quantization: str
+    report: list[str]
+    default_sampling: dict[str, float]
+    seed: int | None = None
+    stream_interval: int = 1
+
+
+class EngineService:
+    """One engine as its doors see it. `close` stops it."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        client: EngineClient,
+        tokenizer: Tokenizer | None,
+        *,
+        assembly: Assembly | None = None,
+    ) -> None:
+        self.info = info
+        self.prompts = PromptEncoder(tokenizer)
+        # The engine itself, where it is in this process.
+        self.assembly = assembly
+        self.service_id = f"llm-{uuid.uuid4().hex[:12]}"
+        self._has_tokenizer = tokenizer is not None
+        self._ordinals = itertools.count()
+        self._processor = OutputProcessor(tokenizer, stream_interval=info.stream_interval)
+        self._pump = Pump(client, self._processor)
+
+    @property
+    def client(self) -> EngineClient:
+        return self._pump.client
+
+    @property
+    def after_batch(self) -> Callable[[], None] | None:
+        """Called once after the listeners of each batch of events, so that a server wakes its loop once."""
+        return self._pump.after_batch
+
+    @after_batch.setter
+    def after_batch(self, hook: Callable[[], None] | None) -> None:
+        self._pump.after_batch = hook
+
+    def create_request(
+        self,
+        encoded: Encoded,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        options: RequestOptions | None = None,
+        change: Callable[[Request], Request] | None = None,
+    ) -> Request:
+        """Check a prompt and its parameters against the engine's limits. Raises RequestError.
+
+        Without a `request_id` it gets one of its own; `change` returns the request as it is to be sent.
+        """
+        if encoded.error is not None:
+            raise encoded.error
+        ordinal, seed = next(self._ordinals), self.info.seed
+        request = Request.create(
+            encoded.token_ids,
+            params,
+            self.info.limits,
+            request_id=request_id or f"{self.service_id}-{ordinal}",
+            prompt=encoded.text,
+            default_seed=None if seed is None else (seed + ordinal) % 2**63,
+            options=options,
+            encode_bad=self.prompts.encode_bad if self._has_tokenizer else None,
+        )
+        if request.stop and not self._has_tokenizer:
+            raise RequestError(
+                "stop strings need a tokenizer, and this LLM has none; use stop_token_ids.",
+                param="stop",
+            )
+        return request if change is None else change(request)
+
+    def submit(self, request: Request, listener: Listener, *, streams: bool = False) -> None:
+        """Queue a request; its `listener` gets every update (`streams`) or only the last.
+
+        Raises RequestError where the request cannot be taken, EngineError where the engine has stopped.
+        """
+        self._pump.submit([(request, listener)], streams=streams)
+
+    def submit_batch(self, requests: Sequence[tuple[Request, Listener]]) -> None:
+        """Queue requests together, all or none, each for its last output."""
+        self._pump.submit(requests)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one sample of it. Idempotent; unknown ids are ignored."""
+        self._pump.client.abort(request_id, index)
+
+    def command(self, name: str, **arguments: Any) -> Future[Any]:
+        """Run a command of the engine by name between two steps; see `engine.control`.
+
+        Raises ConfigError for a name or an argument that it does not take, EngineError where it has stopped.
+        """
+        return self._pump.command(name, arguments)
+
+    def stats(self) -> Future[dict[str, Any]]:
+        """Return the engine's counters, all of one moment between two steps, and how outputs ended."""
+        try:
+            asked = self._pump.command("stats", {})
+        except EngineError:
+            # No thread steps the engine any more, or it is this one.
+            asked = Future[dict[str, Any]]()
+            asked.set_result(self._pump.client.last_stats())
+        merged: Future[dict[str, Any]] = Future()
+        asked.add_done_callback(lambda done: self._merge(done, merged))
+        return merged
+
+    def _merge(self, done: Future[dict[str, Any]], merged: Future[dict[str, Any]]) -> None:
+        if not merged.set_running_or_notify_cancel():
+            return
+        try:
+            merged.set_result({**done.result(), "finish_reasons": dict(self._processor.finish_reasons)})
+        except Exception as error:
+            merged.set_exception(error)
+
+    def health(self) -> Health:
+        """Say whether the engine makes progress; never waits for it."""
+        return self._pump.health()
+
+    def close(self) -> None:
+        """Stop the engine; pending requests fail with code "engine_stopped". Idempotent."""
+        self._pump.stop()
+        self.prompts.close()
+
+
+def local_service(
+    config: EngineConfig,
+    *,
+    progress: Progress | None = None,
+    max_step_s: float = DEFAULT_MAX_STEP_S,
+) -> EngineService:
+    """Load a model and run its engine on a thread of this process; blocks until the weights are loaded.
+
+    Raises ConfigError, CheckpointError or OutOfMemoryError where the engine cannot start.
+    """
+    from slipstream.engine.assembly import assemble
+    from slipstream.engine.control import EngineControl
+
+    assembly = assemble(config, progress=progress)
+    commands = EngineControl(assembly, config).commands()
+    client = InProcessClient(assembly.engine, commands, max_step_s=max_step_s)
+    return EngineService(info_of(assembly, config), client, assembly.tokenizer, assembly=assembly)
+
+
+def info_of(assembly: Assembly, config: EngineConfig) -> EngineInfo:
+    """Return the facts of an engine that is ready."""
+    resolved = assembly.resolved
+    return EngineInfo(
+        model=str(config.model),
+        version=__version__,
+        limits=assembly.limits,
+        max_batch_size=resolved.max_batch_size,
+        max_num_tokens=resolved.max_num_tokens,
+        num_pages=assembly.capacity.num_pages - 1,
+        tokens_per_block=resolved.kv_cache.tokens_per_block,
+        device=resolved.device,
+        dtype=resolved.dtype,
+        quantization=resolved.quantization,
+        report=assembly.report,
+        default_sampling=assembly.default_sampling,
+        seed=config.seed,
+        stream_interval=config.stream_interval,
+    )
