@@ -19,7 +19,9 @@ class TokenEvent(msgspec.Struct, omit_defaults=True):
     `index` is the sample of n. `finish_reason` is None while the sample goes on; `stop_reason` is the stop
     token id that ended it. `cumulative_logprob` is set where an output comes whole. `error` is (message,
     code). `extras` are (what, first position, values) of what the request wanted beside tokens, in the order
-    of `StepPlan.logits`.
+    of `StepPlan.logits`. The first token after an admission and the last event say how the sample came to it:
+    `admitted_s` is when it first ran, on the clock of `Request.arrival_s`, and `num_preemptions` how often it
+    had to start again.
     """
 
     request_id: str
@@ -32,6 +34,8 @@ class TokenEvent(msgspec.Struct, omit_defaults=True):
     cumulative_logprob: float | None = None
     error: tuple[str, str] | None = None
     extras: list[Any] = []
+    admitted_s: float | None = None
+    num_preemptions: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -45,15 +49,44 @@ class Logprob:
 
 @dataclasses.dataclass(slots=True)
 class RequestMetrics:
-    """Seconds on the monotonic clock; None until the event happened."""
+    """Seconds on the monotonic clock; None until the event happened.
+
+    `admitted_s` is when its first sample first ran, `last_token_s` when the newest tokens came.
+    `num_preemptions` is of all samples.
+    """
 
     arrival_s: float
     first_token_s: float | None = None
     finished_s: float | None = None
+    admitted_s: float | None = None
+    last_token_s: float | None = None
+    num_preemptions: int = 0
 
     @property
     def ttft_s(self) -> float | None:
-        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+        return _between(self.arrival_s, self.first_token_s)
+
+    @property
+    def queue_s(self) -> float | None:
+        return _between(self.arrival_s, self.admitted_s)
+
+    @property
+    def prefill_s(self) -> float | None:
+        """From the first step it ran in to its first token."""
+        return _between(self.admitted_s, self.first_token_s)
+
+    @property
+    def decode_s(self) -> float | None:
+        """From its first token to its last."""
+        return _between(self.first_token_s, self.last_token_s)
+
+    @property
+    def e2e_s(self) -> float | None:
+        return _between(self.arrival_s, self.finished_s)
+
+
+def _between(start_s: float | None, end_s: float | None) -> float | None:
+    return None if start_s is None or end_s is None else end_s - start_s
 
 
 @dataclasses.dataclass(slots=True)

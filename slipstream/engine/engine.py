@@ -13,9 +13,11 @@ from typing import Any
 
 from slipstream.core.errors import RequestError
 from slipstream.core.outputs import TokenEvent
+from slipstream.core.plan import StepPlan
 from slipstream.core.request import Request
 from slipstream.engine.runner import StepRunner
 from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.step_records import EngineTrace, StepRecord
 
 
 class Engine:
@@ -27,7 +29,7 @@ class Engine:
         self.depth = depth
         # Why no request is taken at the moment, if none is.
         self.refusal: RequestError | None = None
-        self._in_flight: deque[Any] = deque()
+        self._in_flight: deque[tuple[Any, StepRecord]] = deque()
         # Samples still open of the requests that brought callables.
         self._num_open: dict[str, int] = {}
 
@@ -52,16 +54,46 @@ class Engine:
         while len(self._in_flight) < self.depth:
             if self._in_flight and self.runner.needs_host_tokens:
                 break
+            planned_s = time.monotonic()
             plan = self.scheduler.plan()
             if plan is None:
                 break
+            record = self._record(plan, planned_s)
             handle = self.runner.launch(plan)
             self.runner.sample(handle)
-            self._in_flight.append(handle)
+            record.launched_s = time.monotonic()
+            self._in_flight.append((handle, record))
         if not self._in_flight:
             return self._let_go(expired)
-        result = self.runner.collect(self._in_flight.popleft())
-        return self._let_go(expired + self.scheduler.commit(result))
+        handle, record = self._in_flight.popleft()
+        result = self.runner.collect(handle)
+        record.collected_s = time.monotonic()
+        events = self.scheduler.commit(result)
+        record.committed_s = time.monotonic()
+        return self._let_go(expired + events)
+
+    def _record(self, plan: StepPlan, planned_s: float) -> StepRecord:
+        scheduler = self.scheduler
+        num_leading = scheduler.num_leading_spans
+        num_rows = len(plan.spans)
+        prompts = plan.spans[num_leading:]
+        record = StepRecord(
+            plan.step_id,
+            planned_s,
+            num_rows=num_rows,
+            num_prompts=num_rows - num_leading,
+            num_decode_tokens=num_leading,
+            num_prefill_tokens=sum([span.len for span in prompts]) if prompts else 0,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_pages=scheduler.cache.pool.num_free,
+        )
+        scheduler.records.add_step(record)
+        return record
+
+    def trace(self) -> EngineTrace:
+        """Return what its steps and requests did lately, as plain records."""
+        return self.scheduler.records.trace(num_pages=self.scheduler.cache.pool.num_usable)
 
     def _let_go(self, events: list[TokenEvent]) -> list[TokenEvent]:
         """Drop the callables of requests whose last sample these events end."""

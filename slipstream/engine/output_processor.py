@@ -24,6 +24,7 @@ from slipstream.core.outputs import (
 from slipstream.core.plan import TokenLogprobs
 from slipstream.core.request import Request
 from slipstream.engine.prompt_extras import PromptExtras, joined_logits, logprob_entry
+from slipstream.engine.request_counts import RequestCounts
 from slipstream.text.base import Tokenizer
 from slipstream.text.detokenizer import IncrementalDetokenizer
 from slipstream.text.stop_strings import StopMatcher
@@ -56,6 +57,8 @@ class Sample:
             self.output.logprobs = []
             self.output.cumulative_logprob = 0.0
         self._logits: list[Any] | None = [] if "generation_logits" in request.logits else None
+        self.last_token_s: float | None = None
+        self.num_preemptions = 0
         self._shown_tokens = 0
         self._shown_text = 0
 
@@ -216,6 +219,7 @@ class OutputProcessor:
         self._pending: dict[str, Pending] = {}
         # How many samples have ended for each reason since the start.
         self.finish_reasons: Counter[str] = Counter()
+        self.counts = RequestCounts(finished=self.finish_reasons)
 
     @property
     def num_pending(self) -> int:
@@ -262,8 +266,7 @@ class OutputProcessor:
     def _take(self, pending: Pending, event: TokenEvent, now: float) -> bool:
         """Apply one event; True where the engine still works on a sample that is over here."""
         sample = pending.samples[event.index]
-        if event.new_token_ids and pending.metrics.first_token_s is None:
-            pending.metrics.first_token_s = now
+        self._count(pending, sample, event, now)
         pending.num_cached_tokens = max(pending.num_cached_tokens, event.num_cached_tokens)
         pending.hidden_states += [values for what, _, values in event.extras if what == "hidden_states"]
         if event.error is not None:
@@ -284,8 +287,33 @@ class OutputProcessor:
             self.finish_reasons[sample.output.finish_reason] += 1
             pending.num_open -= 1
             if pending.num_open == 0:
-                pending.metrics.finished_s = now
+                self._count_finished(pending, now)
         return must_abort
+
+    def _count(self, pending: Pending, sample: Sample, event: TokenEvent, now: float) -> None:
+        """Take the times of an event. This runs once a token: keep it flat."""
+        metrics = pending.metrics
+        if event.admitted_s is not None:
+            metrics.admitted_s = min(metrics.admitted_s or event.admitted_s, event.admitted_s)
+            metrics.num_preemptions += event.num_preemptions - sample.num_preemptions
+            sample.num_preemptions = event.num_preemptions
+        if not event.new_token_ids:
+            return
+        self.counts.num_generation_tokens += len(event.new_token_ids)
+        metrics.last_token_s = now
+        if metrics.first_token_s is None:
+            metrics.first_token_s = now
+            self.counts.ttft.add(metrics.ttft_s)
+            self.counts.num_prompt_tokens += len(pending.request.prompt_token_ids)
+        if sample.last_token_s is not None:
+            self.counts.itl.add(now - sample.last_token_s)
+        sample.last_token_s = now
+
+    def _count_finished(self, pending: Pending, now: float) -> None:
+        pending.metrics.finished_s = now
+        if pending.metrics.first_token_s is None:
+            self.counts.num_prompt_tokens += len(pending.request.prompt_token_ids)
+        self.counts.add_finished(pending.metrics)
 
     def _emit(self, request_id: str, pending: Pending) -> bool:
         """Deliver what is due; False where the listener raised: its request goes, the engine stays."""
@@ -316,5 +344,6 @@ class OutputProcessor:
             for sample in pending.samples:
                 if not sample.is_finished:
                     sample.output.finish_reason = "error"
+                    self.finish_reasons["error"] += 1
             pending.num_open = 0
             self._emit(request_id, pending)

@@ -24,9 +24,11 @@ from slipstream.engine.admission import POLICIES, MaxUtilization
 from slipstream.engine.beams import Beams, new_table, outcomes
 from slipstream.engine.chunking import POLICIES as CHUNKING_POLICIES
 from slipstream.engine.chunking import FirstComeFirstServed
+from slipstream.engine.request_notes import READ_BAD_PAGES, SHORT_OF_PAGES, RequestNotes, describe_way
 from slipstream.engine.row_allocation import RowAllocation
 from slipstream.engine.scheduler_stats import SchedulerStats
 from slipstream.engine.sequence import BeamGroup, Sequence, State
+from slipstream.engine.step_records import StepRecords
 from slipstream.engine.waiting_queue import WaitingQueue
 
 # Requests that may be parked per row: a plan looks at no more of the queue, however many share a prefix.
@@ -50,6 +52,9 @@ class Scheduler:
     ) -> None:
         self.cache = cache
         self.stats = SchedulerStats()
+        self.records = StepRecords()
+        # Spans of the newest plan that stand before its pieces of prompts.
+        self.num_leading_spans = 0
         self._max_num_tokens = max_num_tokens
         self._enable_chunked_prefill = enable_chunked_prefill
         self._sequences: dict[tuple[str, int], Sequence] = {}
@@ -62,6 +67,7 @@ class Scheduler:
         self._chunking: FirstComeFirstServed = CHUNKING_POLICIES.get(chunking_policy)()
         self._deadlines: list[tuple[float, tuple[int, int], Sequence]] = []
         self._outstanding: deque[tuple[int, list[tuple[int, Sequence, int]]]] = deque()
+        self._notes = RequestNotes(self.records)
         self._next_arrival = 0
         self._next_step_id = 0
         self._last_committed = -1
@@ -102,6 +108,7 @@ class Scheduler:
             self._next_arrival += 1
             self._sequences[key] = sequence
             self._queue.push(sequence)
+            self._notes.queued(sample)
             if sample.deadline_s is not None:
                 self._note_deadline(sample.deadline_s, sequence)
 
@@ -153,7 +160,7 @@ class Scheduler:
         self._plan_decodes(plan, entries)
         self._plan_beams(plan, entries)
         budget = self._max_num_tokens - len(plan.spans)
-        num_decodes = len(plan.spans)
+        num_decodes = self.num_leading_spans = len(plan.spans)
         budget = self._plan_chunks(plan, entries, budget)
         if not self._is_short:
             budget = self._plan_admissions(plan, entries, budget)
@@ -272,6 +279,7 @@ class Scheduler:
         sequence.last_step = plan.step_id
         entries.append((sequence.row, sequence, end))
         self.stats.num_chunks += 1
+        self._notes.chunk(sequence, step_id=plan.step_id, start=start, num_tokens=chunk)
         plan.logits += sequence.logits_of_chunk(start, chunk)
         self._publish(sequence, plan.step_id)
         if end == sequence.prefill_end:
@@ -279,6 +287,7 @@ class Scheduler:
             if sequence.request.max_tokens:
                 plan.sample.append(sequence.row)
                 sequence.num_in_flight += 1
+                self._notes.prefilled(sequence, step_id=plan.step_id)
 
     def _publish(self, sequence: Sequence, step_id: int) -> None:
         """Key what the plan completes, and wake those who waited for it."""
@@ -358,6 +367,8 @@ class Scheduler:
             sequence.num_cached_tokens = cached
         plan.added.append(sequence.to_init())
         self.stats.num_admissions += 1
+        self.stats.num_queried_tokens += len(sequence.tokens)
+        self._notes.admitted(sequence, step_id=plan.step_id, num_cached=cached)
 
     def _leave(self, sequence: Sequence) -> None:
         """Take a running sequence, a search as a whole, off its rows; the next plan tells the runner."""
@@ -366,7 +377,7 @@ class Scheduler:
             self.cache.release(member.table, after_step=member.last_step)
             self._queue.break_promises(member)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, *, reason: str = SHORT_OF_PAGES) -> None:
         """Send a running sequence back to the queue; its tokens in flight still commit.
 
         A search starts anew instead: what it would resume are many sequences, and it ends the same.
@@ -378,9 +389,10 @@ class Scheduler:
         sequence.num_scheduled = sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.stats.num_preemptions += 1
+        self._notes.preempted(sequence, reason)
         self._queue.push(sequence)
 
-    def _finish(self, sequence: Sequence, *, keep: bool = True) -> None:
+    def _finish(self, sequence: Sequence, reason: str, *, keep: bool = True) -> None:
         """End a sequence, a search as a whole, for good; `keep` what it computed findable."""
         members = [sequence]
         if sequence.group is not None:
@@ -393,15 +405,18 @@ class Scheduler:
             self._queue.forget()
         for ended in (sequence, *members):
             ended.state = State.FINISHED
+        self._notes.finished(sequence, reason)
         del self._sequences[(sequence.request.request_id, sequence.request.sample_idx)]
 
     def _end(self, sequence: Sequence, reason: FinishReason, *, keep: bool = True) -> list[TokenEvent]:
         """End a sequence before its time; returns what is left to say of it."""
         if sequence.group is not None:
             events = outcomes(sequence.group, reason)
+            for event in events:
+                describe_way(event, sequence.group.root)
         else:
             events = [_event(sequence, finish_reason=reason)]
-        self._finish(sequence, keep=keep)
+        self._finish(sequence, reason, keep=keep)
         return events
 
     def _publish_rest(self, sequence: Sequence) -> None:
@@ -457,9 +472,12 @@ class Scheduler:
             events.append(event)
         for group in searches:
             last = self._beams.commit(group, result)
+            for event in last:
+                describe_way(event, group.root)
             if last:
-                self._finish(group.root)
+                self._finish(group.root, last[0].finish_reason or "")
             events += last
+        self._notes.committed(step_id, events)
         return events
 
     def _commit_extras(self, sequence: Sequence, extras: Any, end: int, events: list[TokenEvent]) -> None:
@@ -480,8 +498,8 @@ class Scheduler:
     ) -> None:
         event.finish_reason = reason
         event.stop_reason = stop_token
-        event.num_cached_tokens = max(0, sequence.num_cached_tokens)
-        self._finish(sequence)
+        describe_way(event, sequence)
+        self._finish(sequence, reason)
 
     def _fail_rows(
         self, result: StepResult, entries: list[tuple[int, Sequence, int]], events: list[TokenEvent]
@@ -525,13 +543,12 @@ class Scheduler:
                 sequence.discard_through = self._next_step_id - 1
                 sequence.num_in_flight = 0
                 if sequence.state is State.RUNNING:
-                    self._preempt(sequence)
+                    self._preempt(sequence, reason=READ_BAD_PAGES)
                 self.stats.num_rewound += 1
 
 
 def _event(sequence: Sequence, *, finish_reason: FinishReason) -> TokenEvent:
     request = sequence.request
-    cached = max(0, sequence.num_cached_tokens)
-    return TokenEvent(
-        request.request_id, request.sample_idx, finish_reason=finish_reason, num_cached_tokens=cached
-    )
+    event = TokenEvent(request.request_id, request.sample_idx, finish_reason=finish_reason)
+    describe_way(event, sequence)
+    return event

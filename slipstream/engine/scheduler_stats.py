@@ -13,6 +13,8 @@ class SchedulerStats:
     num_admissions: int = 0
     num_preemptions: int = 0
     num_chunks: int = 0
+    # Tokens of admitted requests, and how many of them the cache held.
+    num_queried_tokens: int = 0
     num_cached_tokens: int = 0
     num_copied_blocks: int = 0
     num_parked: int = 0

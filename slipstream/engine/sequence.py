@@ -57,12 +57,13 @@ class Sequence:
     planned steps, `num_computed` by committed ones; `num_in_flight` sampled tokens are not known here yet.
     `prefill_end` is where the prompt (after a preemption: everything known) ends, `last_decode_start` the
     last position whose successor may still be sampled. `order` is (priority, arrival), kept for
-    life; `admission` counts admissions: a sequence reuses only what an earlier admission computes. `group` is
-    the beam search it belongs to.
+    life; `admission` counts admissions: a sequence reuses only what an earlier admission computes, and
+    `admitted_s` is when it first ran. `group` is the beam search it belongs to.
     """
 
     __slots__ = (
         "admission",
+        "admitted_s",
         "discard_through",
         "group",
         "last_decode_start",
@@ -100,6 +101,7 @@ class Sequence:
         self.state = State.WAITING
         self.row = -1
         self.admission = -1
+        self.admitted_s: float | None = None
         self.prefill_end = self.num_prompt
         self.num_scheduled = 0
         self.num_computed = 0
