@@ -22,6 +22,8 @@ constexpr int kChunk = 64;
 constexpr int kMaxQueries = 32;
 // From so many queries on, a chunk's keys and values are converted to float once instead of per query.
 constexpr int kConvertFrom = 6;
+// What all queries share at a time, of first-level caches of 32 KiB.
+constexpr int kCachedBytes = 16384;
 
 // One layer of one group's pages. Strides count elements; `element_bytes` is 2 (fp16) or 4 (fp32).
 struct KvPages {
@@ -95,13 +97,13 @@ SS_INLINE Vec8 dots(const Query* queries, const T* const* keys, int head_dim) {
   return sums8(sums);
 }
 
-// Fills scores[n][p] of the chunk's first `count` positions; keys past `count` repeat the last one.
+// Fills scores[n][p] of the positions [begin, end) of a chunk, both multiples of 8.
 template <class T>
-inline void score_chunk(const Query* queries, int num_queries, const T* const* keys, int count, int head_dim,
-                        float (*scores)[kChunk]) {
+inline void score_keys(const Query* queries, int num_queries, const T* const* keys, int begin, int end,
+                       int head_dim, float (*scores)[kChunk]) {
   int n = 0;
   for (; n + 2 <= num_queries; n += 2) {
-    for (int p = 0; p < count; p += 4) {
+    for (int p = begin; p < end; p += 4) {
       alignas(32) float eight[8];
       store8(eight, dots<2>(queries + n, keys + p, head_dim));
       std::memcpy(&scores[n][p], eight, 16);
@@ -109,7 +111,20 @@ inline void score_chunk(const Query* queries, int num_queries, const T* const* k
     }
   }
   for (; n < num_queries; ++n) {
-    for (int p = 0; p < count; p += 8) store8(&scores[n][p], dots<1>(queries + n, keys + p, head_dim));
+    for (int p = begin; p < end; p += 8) store8(&scores[n][p], dots<1>(queries + n, keys + p, head_dim));
+  }
+}
+
+// Fills scores[n][p] of the chunk's first `count` positions; keys past `count` repeat the last one. All queries
+// meet a few keys before the next few: those stay in the first-level cache, whatever the head's size.
+template <class T>
+inline void score_chunk(const Query* queries, int num_queries, const T* const* keys, int count, int head_dim,
+                        float (*scores)[kChunk]) {
+  const int key_bytes = head_dim * static_cast<int>(sizeof(T));
+  const int at_once = std::max(kCachedBytes / key_bytes / 8 * 8, 8);
+  for (int begin = 0; begin < count; begin += at_once) {
+    const int end = std::min(begin + at_once, (count + 7) / 8 * 8);
+    score_keys(queries, num_queries, keys, begin, end, head_dim, scores);
   }
 }
 
@@ -155,15 +170,26 @@ SS_INLINE void gather_values(const float (*weights)[kChunk], const T* const* val
   }
 }
 
-template <int kQueries, class T>
-inline void gather_heads(const float (*weights)[kChunk], const T* const* values, int from, int to, int head_dim,
-                         float* const* out) {
-  constexpr int kWide = kQueries == 1 ? 8 : 4;
-  int d = 0;
-  for (; d + 8 * kWide <= head_dim; d += 8 * kWide) {
-    gather_values<kQueries, kWide>(weights, values, from, to, d, out);
+// All queries meet the same columns of the values before the next columns: see score_chunk.
+template <int kVectors, class T>
+inline void gather_columns(const float (*weights)[kChunk], int num_queries, const T* const* values, int from,
+                           int to, int d, float* const* outs) {
+  int n = 0;
+  for (; n + 2 <= num_queries; n += 2) {
+    gather_values<2, kVectors>(weights + n, values, from, to, d, outs + n);
   }
-  for (; d < head_dim; d += 8) gather_values<kQueries, 1>(weights, values, from, to, d, out);
+  for (; n < num_queries; ++n) gather_values<1, kVectors>(weights + n, values, from, to, d, outs + n);
+}
+
+template <class T>
+inline void gather_chunk(const float (*weights)[kChunk], int num_queries, const T* const* values, int from,
+                         int to, int head_dim, float* const* outs) {
+  int d = 0;
+  if (num_queries == 1) {
+    for (; d + 64 <= head_dim; d += 64) gather_values<1, 8>(weights, values, from, to, d, outs);
+  }
+  for (; d + 32 <= head_dim; d += 32) gather_columns<4>(weights, num_queries, values, from, to, d, outs);
+  for (; d < head_dim; d += 8) gather_columns<1>(weights, num_queries, values, from, to, d, outs);
 }
 
 // Adds a later chunk's part to a query's state: both are brought to the same highest score first.
@@ -226,11 +252,7 @@ inline void attend_rows(const Query* queries, int num_queries, int64_t start, in
       masses[n] = weigh(scratch.scores[n], low, high, softcap);
     }
   }
-  int n = 0;
-  for (; n + 2 <= num_queries; n += 2) {
-    gather_heads<2>(scratch.scores + n, values, from, to, head_dim, outs + n);
-  }
-  for (; n < num_queries; ++n) gather_heads<1>(scratch.scores + n, values, from, to, head_dim, outs + n);
+  gather_chunk(scratch.scores, num_queries, values, from, to, head_dim, outs);
 }
 
 // One chunk from pages of type T, converted to float first where enough queries share the conversion.
