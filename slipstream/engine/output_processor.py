@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from slipstream.core.errors import RequestError
 from slipstream.core.outputs import (
@@ -32,6 +32,8 @@ from slipstream.text.stop_strings import StopMatcher
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[RequestOutput], None]
+# Which updates a listener gets: only the last, all as they grow, or of each only what is new.
+Streams = bool | Literal["delta"]
 
 
 class Sample:
@@ -61,6 +63,7 @@ class Sample:
         self.num_preemptions = 0
         self._shown_tokens = 0
         self._shown_text = 0
+        self._has_shown_end = False
 
     @property
     def is_finished(self) -> bool:
@@ -147,6 +150,26 @@ class Sample:
         self._shown_text, self._shown_tokens = len(output.text), len(output.token_ids)
         return shown
 
+    def delta(self) -> CompletionOutput | None:
+        """Return only what is new since the last one, None where nothing is. Its cost is that of the news."""
+        output, start = self.output, self._shown_tokens
+        ids, text = output.token_ids[start:], output.text[self._shown_text :]
+        if self._has_shown_end or not (ids or text or self.is_finished):
+            return None
+        self._shown_text, self._shown_tokens = len(output.text), len(output.token_ids)
+        self._has_shown_end = self.is_finished
+        return CompletionOutput(
+            output.index,
+            text,
+            ids,
+            output.cumulative_logprob,
+            None if output.logprobs is None else output.logprobs[start:],
+            output.finish_reason,
+            output.stop_reason,
+            text,
+            ids,
+        )
+
 
 class Pending:
     """A request between submission and its last token."""
@@ -157,7 +180,7 @@ class Pending:
         tokenizer: Tokenizer | None,
         listener: Listener,
         *,
-        streams: bool,
+        streams: Streams,
         interval: int,
     ) -> None:
         self.request = request
@@ -186,6 +209,25 @@ class Pending:
             metrics=dataclasses.replace(self.metrics),
             error=self.error,
             hidden_states=self.hidden_states,
+        )
+
+    def delta(self) -> RequestOutput:
+        """Return an update that holds only what is new; `metrics` comes with the last."""
+        is_finished = self.num_open == 0
+        news = [delta for sample in self.samples if (delta := sample.delta()) is not None]
+        if self.request.params.logprobs is None:
+            for output in news:
+                output.logprobs = None
+        return RequestOutput(
+            self.request.request_id,
+            self.request.prompt,
+            self.request.prompt_token_ids,
+            news,
+            self.prompt.logprobs if self.prompt else None,
+            is_finished,
+            self.num_cached_tokens,
+            dataclasses.replace(self.metrics) if is_finished else None,
+            error=self.error,
         )
 
     @property
@@ -225,8 +267,11 @@ class OutputProcessor:
     def num_pending(self) -> int:
         return len(self._pending)
 
-    def add(self, request: Request, listener: Listener, *, streams: bool = False) -> None:
-        """Expect events of a request; its `listener` gets every update (`streams`) or only the last."""
+    def add(self, request: Request, listener: Listener, *, streams: Streams = False) -> None:
+        """Expect events of a request; its `listener` gets every update (`streams`) or only the last.
+
+        With "delta" an update holds only what is new: no text, token or log-probability comes twice.
+        """
         if request.request_id in self._pending:
             raise RequestError(
                 f"Request id {request.request_id!r} is in use; ids must be unique while they run.",
@@ -326,7 +371,8 @@ class OutputProcessor:
         ):
             return True
         try:
-            pending.listener(pending.output())
+            is_delta = pending.streams == "delta" and not pending.is_ranked
+            pending.listener(pending.delta() if is_delta else pending.output())
         except Exception:
             logger.exception("the listener of request %s failed", request_id)
             return False

@@ -17,7 +17,7 @@ from slipstream.core.errors import EngineError
 from slipstream.core.request import Request
 from slipstream.engine.client import STOPPED, EngineClient
 from slipstream.engine.health import Health
-from slipstream.engine.output_processor import Listener, OutputProcessor
+from slipstream.engine.output_processor import Listener, OutputProcessor, Streams
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Pump:
         self._thread = threading.Thread(target=self._run, name="slipstream-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[tuple[Request, Listener]], *, streams: bool = False) -> None:
+    def submit(self, requests: Sequence[tuple[Request, Listener]], *, streams: Streams = False) -> None:
         """Queue requests, all or none. Raises EngineError where the engine has stopped."""
         self._check_owner()
         with self._lock:

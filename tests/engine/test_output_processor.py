@@ -34,7 +34,7 @@ class Desk:
     """A processor, one request "r" in it, and every output it delivered."""
 
     def __init__(
-        self, tokenizer: FastTokenizer | None, *, streams: bool = True, interval: int = 1, **params: Any
+        self, tokenizer: FastTokenizer | None, *, streams: Any = True, interval: int = 1, **params: Any
     ) -> None:
         self.processor = OutputProcessor(tokenizer, stream_interval=interval)
         self.outputs: list[RequestOutput] = []
@@ -344,3 +344,43 @@ def test_an_early_stop_string_is_not_lost_at_the_end(tokenizer: FastTokenizer) -
     assert desk.feed("xzw") == []
     desk.end()
     assert (desk.last.outputs[0].text, desk.last.outputs[0].finish_reason) == ("xzw", "length")
+
+
+def joined(outputs: list[RequestOutput], index: int) -> tuple[str, list[int], int, list[Any]]:
+    """Return what the updates of one sample add up to, and the reasons that they named."""
+    parts = [sample for output in outputs for sample in output.outputs if sample.index == index]
+    num_logprobs = sum(len(part.logprobs or ()) for part in parts)
+    reasons = [part.finish_reason for part in parts if part.finish_reason is not None]
+    return (
+        "".join(part.text for part in parts),
+        [i for p in parts for i in p.token_ids],
+        num_logprobs,
+        reasons,
+    )
+
+
+def test_deltas_hold_each_token_once_and_name_the_end_once(tokenizer: FastTokenizer) -> None:
+    desk = Desk(tokenizer, streams="delta", n=2, logprobs=0)
+    whole = Desk(tokenizer, streams=False, n=2, logprobs=0)
+    for one in (desk, whole):
+        for index, text in ((0, "ba de"), (1, "du"), (0, "fi")):
+            for token in tokenizer.encode(text):
+                logprobs = [TokenLogprobs(token, -1.0, 1, [])]
+                one.processor.process([TokenEvent("r", index, [token], logprobs)])
+        one.end(index=1)
+        one.end(index=0)
+    assert [output.finished for output in desk.outputs][-2:] == [False, True]
+    for sample in whole.last.outputs:
+        expected = (sample.text, sample.token_ids, len(sample.token_ids), ["length"])
+        assert joined(desk.outputs, sample.index) == expected
+    assert all(len(output.outputs) == 1 for output in desk.outputs[:-1])
+    assert desk.last.metrics is not None and desk.outputs[0].metrics is None
+
+
+def test_a_delta_of_ranked_samples_is_the_whole_at_the_end(tokenizer: FastTokenizer) -> None:
+    desk = Desk(tokenizer, streams="delta", n=1, best_of=2)
+    for index, logprob in ((0, -2.0), (1, -1.0)):
+        desk.processor.process([TokenEvent("r", index, [20 + index], [TokenLogprobs(20, logprob, 1, [])])])
+        desk.end(index=index)
+    assert len(desk.outputs) == 1 and [sample.token_ids for sample in desk.last.outputs] == [[21]]
+    assert desk.last.outputs[0].index == 0 and desk.last.outputs[0].logprobs is None

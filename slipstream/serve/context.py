@@ -1,0 +1,66 @@
+"""What does a route get to work with? One `ServeContext` for the life of an application.
+
+The server listens before its engine is ready and after it stopped taking requests, so `service` raises
+meanwhile: a route that needs the engine answers 503 without a branch of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from slipstream.engine.service import EngineService
+from slipstream.serve.errors import RETRY_AFTER, ApiError
+from slipstream.serve.streams import StreamHub
+
+# Tokenizing and rendering release the lock for most of their time; more threads than cores bring nothing.
+NUM_WORKERS = 4
+LOADING = "The model is still loading; try again in a few seconds."
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, eq=False)
+class ServeContext:
+    """The engine's service, the server's options, and what all routes share.
+
+    `admission.admit(key, num_requests=, num_tokens=)` returns a ticket or raises; `metrics` may be None.
+    `refusal` is why no new work is taken at the moment (loading, draining), None where it is. `workers` does
+    what would block the event loop.
+    """
+
+    settings: Any
+    model_names: Sequence[str]
+    admission: Any
+    metrics: Any = None
+    refusal: ApiError | None = dataclasses.field(
+        default_factory=lambda: ApiError(503, LOADING, code="loading", headers=RETRY_AFTER)
+    )
+    hub: StreamHub = dataclasses.field(default_factory=StreamHub)
+    workers: ThreadPoolExecutor = dataclasses.field(
+        default_factory=lambda: ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="slipstream-serve")
+    )
+    _service: EngineService | None = None
+
+    @property
+    def service(self) -> EngineService:
+        """The engine. Raises ApiError (503) before there is one."""
+        if self._service is None:
+            raise self.refusal or ApiError(503, LOADING, code="loading", headers=RETRY_AFTER)
+        return self._service
+
+    @property
+    def has_service(self) -> bool:
+        return self._service is not None
+
+    def attach(self, service: EngineService) -> None:
+        """Let the routes use an engine that is ready, and take new work from now on."""
+        service.after_batch = self.hub.flush
+        self._service = service
+        self.refusal = None
+
+    def check_open(self) -> EngineService:
+        """Return the engine for new work. Raises ApiError while none is taken."""
+        if self.refusal is not None:
+            raise self.refusal
+        return self.service

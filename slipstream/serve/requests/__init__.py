@@ -1,0 +1,1 @@
+"""What may a request body say? One file per endpoint family."""
