@@ -36,6 +36,7 @@ TITLES = {
     "command line": "Options of the command line",
     "slipstream": "Commands",
     "slipstream bench": "Commands of `slipstream bench`",
+    "metrics": "Metrics of `/metrics`",
 }
 INTRO = """\
 # Migrating
@@ -138,6 +139,9 @@ def section(owner: str, engine: str) -> Iterator[str]:
 
 
 def meaning(owner: str, row: ForeignName, served: bool) -> str:
+    if owner == "metrics":
+        # Nobody types them: they are read off, or the dashboard is changed.
+        return as_code(row.note) if not row.ours else f"`{row.ours}`" + (f", {row.note}" if row.note else "")
     if row.kind == "refused":
         return f"refused: {as_code(row.note)}"
     parts = ["the same" if row.name == row.ours else f"taken as {spelled(owner, row.ours)}"]

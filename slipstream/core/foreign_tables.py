@@ -7,6 +7,7 @@ A refused row's note continues the sentence "... has no option 'x'; ". After a c
 
 from __future__ import annotations
 
+from slipstream.core.foreign_metrics import METRICS
 from slipstream.core.foreign_names import ForeignName, alias, refused, same
 
 _ONE_PROCESS = "everything runs in one process; leave it out"
@@ -352,7 +353,7 @@ BENCH_COMMANDS: tuple[ForeignName, ...] = (
     same("latency", "TV", "m"),
     same("throughput", "TV", "m"),
     refused("prepare-dataset", "T", "m", "use `slipstream bench throughput`, which draws random prompts"),
-    refused("serve", "VS", "m", "there is no server yet; use `slipstream bench throughput --concurrency N`"),
+    same("serve", "VS", "--url http://127.0.0.1:8000"),
     refused("startup", "V", "m", "use `slipstream run`, which says how long the start took"),
 )
 
@@ -364,4 +365,5 @@ TABLES: dict[str, tuple[ForeignName, ...]] = {
     "command line": FLAGS,
     "slipstream": COMMANDS,
     "slipstream bench": BENCH_COMMANDS,
+    "metrics": METRICS,
 }

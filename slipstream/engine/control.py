@@ -28,6 +28,7 @@ from slipstream.engine.assembly import Assembly
 from slipstream.engine.client import Command
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine import Engine
+from slipstream.engine.step_records import EngineTrace
 from slipstream.models.loading import fitting_tensors, load_weights
 from slipstream.models.registry import model_class, read_config
 
@@ -59,6 +60,7 @@ class EngineControl:
             "sleep": Command(self._sleep, when_idle=True, check=_check_sleep),
             "wake_up": Command(self._wake_up),
             "update_weights": Command(self._update_weights, when_idle=True),
+            "trace": Command(_trace),
         }
 
     def _stats(self, engine: Engine) -> dict[str, Any]:
@@ -168,6 +170,11 @@ def _reset_prefix_cache(engine: Engine) -> None:
 def _kv_cache_events(engine: Engine) -> list[Any]:
     """Drain the cache's events. Raises ConfigError where none are recorded."""
     return engine.scheduler.drain_kv_events()
+
+
+def _trace(engine: Engine) -> EngineTrace:
+    """Return what steps and requests did lately; across processes it arrives as plain data."""
+    return engine.trace()
 
 
 def _difference(blank: Any, cls: type, given: Any) -> str:
