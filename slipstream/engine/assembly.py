@@ -33,6 +33,7 @@ from slipstream.core.errors import ConfigError, OutOfMemoryError
 from slipstream.core.limits import Limits
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine import Engine
+from slipstream.engine.kernel_choice import kernel_lines, load_plugins
 from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, fit_capacity, resolve
 from slipstream.engine.runner import Runner
 from slipstream.engine.scheduler import Scheduler
@@ -80,6 +81,7 @@ class Assembly:
 def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assembly:
     """Build the engine for a configuration; blocks until the weights are loaded."""
     started = time.monotonic()
+    load_plugins()
     checkpoint = open_checkpoint(
         config.model,
         load_format=config.load_format,
@@ -120,7 +122,8 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     load_s = time.monotonic() - started
     graphs = _graph_line(resolved, backend)
-    report = _report(resolved, capacity, limits, weight_bytes, why, graphs, load_s)
+    kernels = kernel_lines(model, backend, device, resolved.dtype)
+    report = _report(resolved, capacity, limits, weight_bytes, [why, *kernels], graphs, load_s)
     for line in report:
         logger.info(line)
     return Assembly(
@@ -305,6 +308,15 @@ def _checked_tokenizer(config: EngineConfig, checkpoint: Checkpoint, vocab_size:
     return tokenizer
 
 
+def read_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """Read the tokenizer alone, as `assemble` would, for a process without the engine."""
+    checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=config.revision)
+    try:
+        return _load_tokenizer(config, checkpoint)
+    finally:
+        checkpoint.close()
+
+
 def _load_tokenizer(config: EngineConfig, checkpoint: Checkpoint) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
@@ -336,7 +348,7 @@ def _report(
     capacity: Capacity,
     limits: Limits,
     weight_bytes: int,
-    backend_reason: str,
+    reasons_of_kernels: list[str],
     graphs: str,
     load_s: float,
 ) -> list[str]:
@@ -348,7 +360,7 @@ def _report(
     return [
         f"{choice('device', resolved.device)}, {choice('dtype', resolved.dtype)}, "
         f"{choice('quantization', resolved.quantization)}, keys and values in {resolved.kv_dtype}",
-        backend_reason,
+        *reasons_of_kernels,
         f"memory: weights {weight_bytes:,} bytes, KV cache {capacity.pool_bytes:,} bytes "
         f"({capacity.num_tokens:,} tokens: {capacity.reason})",
         f"limits: {limits.max_seq_len:,} tokens a request, {resolved.max_batch_size} requests and "

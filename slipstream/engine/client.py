@@ -230,7 +230,7 @@ class InProcessClient:
         try:
             self.engine.submit(item)
         except RequestError as error:
-            return [_refusal(item, index, error) for index in range(item.num_samples)]
+            return [refusal(item.request_id, index, error) for index in range(item.num_samples)]
         return []
 
     def close(self) -> None:
@@ -245,5 +245,6 @@ class InProcessClient:
                 call.future.set_exception(EngineError(STOPPED))
 
 
-def _refusal(request: Request, index: int, error: RequestError) -> TokenEvent:
-    return TokenEvent(request.request_id, index, finish_reason="error", error=(error.message, error.code))
+def refusal(request_id: str, index: int, error: RequestError) -> TokenEvent:
+    """Return the event of a sample whose request was not taken."""
+    return TokenEvent(request_id, index, finish_reason="error", error=(error.message, error.code))

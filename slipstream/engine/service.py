@@ -12,48 +12,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from slipstream import __version__
 from slipstream.core.errors import EngineError, RequestError
-from slipstream.core.limits import Limits
 from slipstream.core.request import Request, RequestOptions
 from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine.client import EngineClient, InProcessClient
 from slipstream.engine.config import EngineConfig
+from slipstream.engine.engine_info import EngineInfo, info_of
 from slipstream.engine.health import DEFAULT_MAX_STEP_S, Health
-from slipstream.engine.output_processor import Listener, OutputProcessor
+from slipstream.engine.output_processor import Listener, OutputProcessor, Streams
 from slipstream.engine.prompts import Encoded, PromptEncoder
 from slipstream.engine.pump import Pump
+from slipstream.engine.request_counts import RequestCounts
 from slipstream.text.base import Tokenizer
 
 if TYPE_CHECKING:
     # A door whose engine is in another process never loads torch.
     from slipstream.engine.assembly import Assembly, Progress
-
-
-class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What does not change while an engine runs.
-
-    `num_pages` are those that requests can use. `report` says in lines what was chosen and why;
-    `default_sampling` is what the model's publisher recommends, by the names of `SamplingParams`. `seed`
-    seeds the requests that bring none; a streaming sample is shown every `stream_interval` tokens.
-    """
-
-    model: str
-    version: str
-    limits: Limits
-    max_batch_size: int
-    max_num_tokens: int
-    num_pages: int
-    tokens_per_block: int
-    device: str
-    dtype: str
-    quantization: str
-    report: list[str]
-    default_sampling: dict[str, float]
-    seed: int | None = None
-    stream_interval: int = 1
 
 
 class EngineService:
@@ -80,6 +54,11 @@ class EngineService:
     @property
     def client(self) -> EngineClient:
         return self._pump.client
+
+    @property
+    def counts(self) -> RequestCounts:
+        """What the outputs made here came to so far; grows while it is read."""
+        return self._processor.counts
 
     @property
     def after_batch(self) -> Callable[[], None] | None:
@@ -123,8 +102,10 @@ class EngineService:
             )
         return request if change is None else change(request)
 
-    def submit(self, request: Request, listener: Listener, *, streams: bool = False) -> None:
+    def submit(self, request: Request, listener: Listener, *, streams: Streams = False) -> None:
         """Queue a request; its `listener` gets every update (`streams`) or only the last.
+
+        With "delta" an update holds only what is new. The samples of a request may then come one by one.
 
         Raises RequestError where the request cannot be taken, EngineError where the engine has stopped.
         """
@@ -192,24 +173,3 @@ def local_service(
     commands = EngineControl(assembly, config).commands()
     client = InProcessClient(assembly.engine, commands, max_step_s=max_step_s)
     return EngineService(info_of(assembly, config), client, assembly.tokenizer, assembly=assembly)
-
-
-def info_of(assembly: Assembly, config: EngineConfig) -> EngineInfo:
-    """Return the facts of an engine that is ready."""
-    resolved = assembly.resolved
-    return EngineInfo(
-        model=str(config.model),
-        version=__version__,
-        limits=assembly.limits,
-        max_batch_size=resolved.max_batch_size,
-        max_num_tokens=resolved.max_num_tokens,
-        num_pages=assembly.capacity.num_pages - 1,
-        tokens_per_block=resolved.kv_cache.tokens_per_block,
-        device=resolved.device,
-        dtype=resolved.dtype,
-        quantization=resolved.quantization,
-        report=assembly.report,
-        default_sampling=assembly.default_sampling,
-        seed=config.seed,
-        stream_interval=config.stream_interval,
-    )
