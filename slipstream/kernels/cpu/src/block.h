@@ -161,11 +161,12 @@ inline void multiply(const Matrix& w, const float* bias, int64_t first_tile, int
   for (int64_t begin = 0; begin < tokens; begin += run) {
     const int64_t end = std::min(begin + run, tokens);
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+      const Tile weights = open_tile(w, static_cast<int>(tile), end - begin);
       const int row = static_cast<int>(tile * 16);
       const int num_rows = std::min(16, w.rows - row);
       for (int64_t token = begin; token < end; token += kTokens) {
         const int count = static_cast<int>(std::min<int64_t>(kTokens, end - token));
-        matmul_tile<false>(w, static_cast<int>(tile), a, static_cast<int>(token), count, y, 16);
+        matmul_tile<false>(weights, a, static_cast<int>(token), count, y, 16);
         if (bias != nullptr) {
           for (int t = 0; t < count; ++t) {
             for (int r = 0; r < num_rows; ++r) y[t * 16 + r] += bias[row + r];
@@ -492,26 +493,36 @@ class BlockRun {
     const int64_t run = std::max<int64_t>(kActivationBytes / block_.hidden / kTokens, 1) * kTokens;
     for (int64_t begin = 0; begin < tokens_; begin += run) {
       const int64_t end = std::min(begin + run, tokens_);
-      for (int64_t group = share.begin; group < share.end; ++group) {
-        for (int64_t token = begin; token < end; token += kTokens) {
-          mix_group(group, a, token, static_cast<int>(std::min<int64_t>(kTokens, end - token)));
-        }
-      }
+      for (int64_t group = share.begin; group < share.end; ++group) mix_group(group, a, begin, end);
     }
   }
 
-  void mix_group(int64_t group, const Activations& a, int64_t token, int count) {
+  // The two tiles of up, and of gate, that make a group.
+  void mix_group(int64_t group, const Activations& a, int64_t begin, int64_t end) {
+    const int first = static_cast<int>(group * 2), tiles = num_tiles(block_.up.rows);
+    const int second = first + 1 < tiles ? first + 1 : first;
+    const Matrix& gate = block_.is_gated ? block_.gate : block_.up;
+    const int64_t gate_tokens = block_.is_gated ? end - begin : 0;
+    const Tile up_tiles[2] = {open_tile(block_.up, first, end - begin, 0),
+                              open_tile(block_.up, second, end - begin, 1)};
+    const Tile gate_tiles[2] = {open_tile(gate, first, gate_tokens, 2), open_tile(gate, second, gate_tokens, 3)};
+    for (int64_t token = begin; token < end; token += kTokens) {
+      const int count = static_cast<int>(std::min<int64_t>(kTokens, end - token));
+      mix_tokens(group, first + 1 < tiles ? 2 : 1, up_tiles, gate_tiles, a, token, count);
+    }
+  }
+
+  void mix_tokens(int64_t group, int tiles, const Tile* up_tiles, const Tile* gate_tiles, const Activations& a,
+                  int64_t token, int count) {
     alignas(64) float gate[kTokens * 32], up[kTokens * 32];
-    const int64_t tiles = num_tiles(block_.up.rows);
     for (int half = 0; half < 2; ++half) {
-      const int64_t tile = group * 2 + half;
-      if (tile >= tiles) {
+      if (half >= tiles) {
         for (int t = 0; t < count; ++t) std::memset(up + t * 32 + 16, 0, 64);
         for (int t = 0; t < count; ++t) std::memset(gate + t * 32 + 16, 0, 64);
         continue;
       }
-      multiply_tile(block_.up, block_.up_bias, tile, a, token, count, up + half * 16);
-      if (block_.is_gated) multiply_tile(block_.gate, block_.gate_bias, tile, a, token, count, gate + half * 16);
+      multiply_tile(up_tiles[half], block_.up_bias, a, token, count, up + half * 16);
+      if (block_.is_gated) multiply_tile(gate_tiles[half], block_.gate_bias, a, token, count, gate + half * 16);
     }
     for (int t = 0; t < count; ++t) {
       float* out = up + t * 32;
@@ -525,13 +536,13 @@ class BlockRun {
     }
   }
 
-  void multiply_tile(const Matrix& w, const float* bias, int64_t tile, const Activations& a, int64_t token,
-                     int count, float* y) const {
-    matmul_tile<false>(w, static_cast<int>(tile), a, static_cast<int>(token), count, y, 32);
+  void multiply_tile(const Tile& tile, const float* bias, const Activations& a, int64_t token, int count,
+                     float* y) const {
+    matmul_tile<false>(tile, a, static_cast<int>(token), count, y, 32);
     if (bias == nullptr) return;
-    const int row = static_cast<int>(tile * 16);
+    const int row = tile.index * 16;
     for (int t = 0; t < count; ++t) {
-      for (int r = 0; r < std::min(16, w.rows - row); ++r) y[t * 32 + r] += bias[row + r];
+      for (int r = 0; r < std::min(16, tile.matrix.rows - row); ++r) y[t * 32 + r] += bias[row + r];
     }
   }
 

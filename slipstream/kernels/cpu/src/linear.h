@@ -62,15 +62,16 @@ inline void linear_share(const Matrix& matrix, const Activations& x, int tokens,
   for (int tile = mine.begin; tile < mine.end; ++tile) {
     const int first_row = tile * kTileRows;
     const int count = matrix.rows - first_row < kTileRows ? matrix.rows - first_row : kTileRows;
+    const Tile weights = open_tile(matrix, tile, tokens);
     const bool is_direct = count == kTileRows && bias == nullptr;
     for (int token = 0; token < tokens; token += kTokens) {
       const int num_tokens = tokens - token < kTokens ? tokens - token : kTokens;
       float* out = y + static_cast<size_t>(token) * matrix.rows + first_row;
       if (is_direct) {
-        matmul_tile<false>(matrix, tile, x, token, num_tokens, out, matrix.rows);
+        matmul_tile<false>(weights, x, token, num_tokens, out, matrix.rows);
         continue;
       }
-      matmul_tile<false>(matrix, tile, x, token, num_tokens, results, kTileRows);
+      matmul_tile<false>(weights, x, token, num_tokens, results, kTileRows);
       for (int t = 0; t < num_tokens; ++t) {
         store_rows(results + t * kTileRows, count, bias == nullptr ? nullptr : bias + first_row,
                    out + static_cast<size_t>(t) * matrix.rows);

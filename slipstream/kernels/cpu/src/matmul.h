@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "activations.h"
 #include "matrix.h"
@@ -78,10 +79,19 @@ struct SignedBytes {
   }
 };
 
-template <Kind kKindOf, class CodesOf>
+// A byte a code, as `unpack_codes` leaves those of another form.
+template <class Stored>
+struct Unpacked {
+  using Sums = typename Stored::Sums;
+  static constexpr int kMaxCode = Stored::kMaxCode;
+  static SS_INLINE Bytes quad(const uint8_t* codes, int quad) { return Bytes::load(codes + quad * kQuadBytes); }
+};
+
+template <Kind kKindOf, class CodesOf, size_t kCodeBytesOf = group_code_bytes(kKindOf)>
 struct Format {
   using Codes = CodesOf;
   static constexpr Kind kKind = kKindOf;
+  static constexpr size_t kCodeBytes = kCodeBytesOf;
   // Scales of a group: two where each covers 16 columns, none where one covers the row.
   static constexpr int kScales = kKind == kQ6 ? 2 : kKind == kQ8Row ? 0 : 1;
   static constexpr int kOffset =
@@ -187,7 +197,7 @@ SS_INLINE void add_scaled(const TileJob& job, const uint8_t* codes, const uint16
 
 template <class Format, int kNum, int kRun>
 __attribute__((noinline)) void quantized_tile(const TileJob& job) {
-  constexpr size_t kCodeStep = group_code_bytes(Format::kKind);
+  constexpr size_t kCodeStep = Format::kCodeBytes;
   constexpr size_t kScaleStep = group_scale_bytes(Format::kKind);
   const uint8_t* codes = job.codes;
   const uint16_t* scale = reinterpret_cast<const uint16_t*>(job.scales);
@@ -281,35 +291,99 @@ struct FloatTiles {
   }
 };
 
-inline TileFunction tile_function(int kind, int num_tokens) {
+template <class Format>
+TileFunction quantized_function(int num_tokens, bool is_unpacked) {
+  using UnpackedFormat = slipstream::Format<Format::kKind, Unpacked<typename Format::Codes>, 8 * kQuadBytes>;
+  if constexpr (Format::kCodeBytes < 8 * kQuadBytes) {
+    if (is_unpacked) return QuantizedTiles<UnpackedFormat>::template at<kTokens>(num_tokens);
+  }
+  return QuantizedTiles<Format>::template at<kTokens>(num_tokens);
+}
+
+inline TileFunction tile_function(int kind, int num_tokens, bool is_unpacked) {
   switch (kind) {
     case kF32: return FloatTiles<kF32>::at<kTokens>(num_tokens);
     case kBF16: return FloatTiles<kBF16>::at<kTokens>(num_tokens);
-    case kQ4Sym: return QuantizedTiles<Format<kQ4Sym, Nibbles>>::at<kTokens>(num_tokens);
-    case kQ4Min: return QuantizedTiles<Format<kQ4Min, Nibbles>>::at<kTokens>(num_tokens);
-    case kQ5Sym: return QuantizedTiles<Format<kQ5Sym, FiveBits>>::at<kTokens>(num_tokens);
-    case kQ5Min: return QuantizedTiles<Format<kQ5Min, FiveBits>>::at<kTokens>(num_tokens);
-    case kQ6: return QuantizedTiles<Format<kQ6, SixBits>>::at<kTokens>(num_tokens);
-    case kQ8Group: return QuantizedTiles<Format<kQ8Group, SignedBytes>>::at<kTokens>(num_tokens);
-    default: return QuantizedTiles<Format<kQ8Row, SignedBytes>>::at<kTokens>(num_tokens);
+    case kQ4Sym: return quantized_function<Format<kQ4Sym, Nibbles>>(num_tokens, is_unpacked);
+    case kQ4Min: return quantized_function<Format<kQ4Min, Nibbles>>(num_tokens, is_unpacked);
+    case kQ5Sym: return quantized_function<Format<kQ5Sym, FiveBits>>(num_tokens, is_unpacked);
+    case kQ5Min: return quantized_function<Format<kQ5Min, FiveBits>>(num_tokens, is_unpacked);
+    case kQ6: return quantized_function<Format<kQ6, SixBits>>(num_tokens, is_unpacked);
+    case kQ8Group: return quantized_function<Format<kQ8Group, SignedBytes>>(num_tokens, is_unpacked);
+    default: return quantized_function<Format<kQ8Row, SignedBytes>>(num_tokens, is_unpacked);
   }
+}
+
+template <class Codes, size_t kCodeBytes>
+inline void unpack_codes(const uint8_t* codes, int groups, uint8_t* out) {
+  for (int group = 0; group < groups; ++group, codes += kCodeBytes) {
+    SS_UNROLL
+    for (int quad = 0; quad < 8; ++quad, out += kQuadBytes) Codes::quad(codes, quad).store(out);
+  }
+}
+
+// From so many tokens on, taking a tile's codes apart once costs less than doing so for every run of them.
+constexpr int kUnpackFrom = 2 * kTokens + 1;
+
+// A tile of a matrix, and its codes of a byte each where `unpacked` is not null.
+struct Tile {
+  const Matrix& matrix;
+  int index;
+  const uint8_t* unpacked = nullptr;
+};
+
+// This thread's room for unpacked tiles; what it held is lost when a larger one is asked for.
+class UnpackRoom {
+ public:
+  uint8_t* take(size_t bytes) {
+    if (bytes + kAlignment > size_) {
+      size_ = bytes + kAlignment;
+      memory_.reset(new uint8_t[size_]);
+    }
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.get());
+    return reinterpret_cast<uint8_t*>((start + kAlignment - 1) / kAlignment * kAlignment);
+  }
+
+ private:
+  std::unique_ptr<uint8_t[]> memory_;
+  size_t size_ = 0;
+};
+
+// The tile for this many tokens; `place` tells apart the tiles that are in use at once.
+constexpr int kTilesAtOnce = 4;
+inline Tile open_tile(const Matrix& matrix, int index, int64_t tokens, int place = 0) {
+  thread_local UnpackRoom rooms[kTilesAtOnce];
+  if (tokens < kUnpackFrom || is_float_kind(matrix.kind) || group_code_bytes(matrix.kind) == 8 * kQuadBytes) {
+    return {matrix, index};
+  }
+  const int groups = num_groups(matrix.cols);
+  const uint8_t* codes = matrix.data + index * tile_bytes(matrix.kind, matrix.cols);
+  uint8_t* out = rooms[place].take(static_cast<size_t>(groups) * 8 * kQuadBytes);
+  switch (group_code_bytes(matrix.kind) / kQuadBytes) {
+    case 4: unpack_codes<Nibbles, 4 * kQuadBytes>(codes, groups, out); break;
+    case 5: unpack_codes<FiveBits, 5 * kQuadBytes>(codes, groups, out); break;
+    default: unpack_codes<SixBits, 6 * kQuadBytes>(codes, groups, out);
+  }
+  return {matrix, index, out};
 }
 
 // y[t][0..15] = or += the 16 rows of `tile` times tokens first_token .. first_token + num_tokens - 1.
 // `first_token` is a multiple of kTokens, `num_tokens` at most kTokens, `ldy` the floats from token to token.
 // `x` holds codes, or rows where the matrix is of a float kind.
 template <bool kAdd>
-inline void matmul_tile(const Matrix& matrix, int tile, const Activations& x, int first_token, int num_tokens,
-                        float* y, int ldy) {
-  const uint8_t* codes = matrix.data + tile * tile_bytes(matrix.kind, matrix.cols);
+inline void matmul_tile(const Tile& tile, const Activations& x, int first_token, int num_tokens, float* y,
+                        int ldy) {
+  const Matrix& matrix = tile.matrix;
+  const uint8_t* codes = matrix.data + tile.index * tile_bytes(matrix.kind, matrix.cols);
+  const bool is_unpacked = tile.unpacked != nullptr;
   TileJob job{};
-  job.codes = codes;
+  job.codes = is_unpacked ? tile.unpacked : codes;
   job.scales = codes + code_bytes(matrix.kind, matrix.cols);
   job.groups = x.groups;
   job.y = y;
   job.ldy = ldy;
   job.adds = kAdd;
-  job.is_first = first_token == 0;
+  job.is_first = first_token == 0 && !is_unpacked;
   if (is_float_kind(matrix.kind)) {
     job.x_rows = x.rows + static_cast<size_t>(first_token) * x.padded_cols();
     job.row_stride = x.padded_cols();
@@ -320,7 +394,7 @@ inline void matmul_tile(const Matrix& matrix, int tile, const Activations& x, in
     job.x_scaled_sums = x.scaled_sums + first_group;
     job.x_sums = x.sums + first_group;
   }
-  tile_function(matrix.kind, x.run == 1 ? 0 : num_tokens)(job);
+  tile_function(matrix.kind, x.run == 1 ? 0 : num_tokens, is_unpacked)(job);
 }
 
 }  // namespace slipstream

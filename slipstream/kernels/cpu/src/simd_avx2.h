@@ -138,6 +138,11 @@ struct Bytes {
     const __m256i* halves = reinterpret_cast<const __m256i*>(p);
     return {_mm256_load_si256(halves), _mm256_load_si256(halves + 1)};
   }
+  SS_INLINE void store(uint8_t* p) const {
+    __m256i* halves = reinterpret_cast<__m256i*>(p);
+    _mm256_store_si256(halves, low);
+    _mm256_store_si256(halves + 1, high);
+  }
 };
 SS_INLINE Bytes masked(Bytes a, int mask) {
   const __m256i m = _mm256_set1_epi8(static_cast<char>(mask));

@@ -101,6 +101,7 @@ struct Bytes {
   __m512i lanes;
 
   static SS_INLINE Bytes load(const uint8_t* p) { return {_mm512_load_si512(p)}; }
+  SS_INLINE void store(uint8_t* p) const { _mm512_store_si512(p, lanes); }
 };
 SS_INLINE Bytes masked(Bytes a, int mask) {
   return {_mm512_and_si512(a.lanes, _mm512_set1_epi8(static_cast<char>(mask)))};

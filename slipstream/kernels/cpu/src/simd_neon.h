@@ -153,6 +153,10 @@ struct Bytes {
   static SS_INLINE Bytes load(const uint8_t* p) {
     return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
   }
+  SS_INLINE void store(uint8_t* p) const {
+    SS_UNROLL
+    for (int i = 0; i < 4; ++i) vst1q_u8(p + 16 * i, part[i]);
+  }
 };
 SS_INLINE Bytes masked(Bytes a, int mask) {
   SS_UNROLL
