@@ -52,7 +52,7 @@ class RequestMetrics:
     """Seconds on the monotonic clock; None until the event happened.
 
     `admitted_s` is when its first sample first ran, `last_token_s` when the newest tokens came.
-    `num_preemptions` is of all samples.
+    `num_preemptions` and `num_output_tokens` are of all samples.
     """
 
     arrival_s: float
@@ -61,6 +61,7 @@ class RequestMetrics:
     admitted_s: float | None = None
     last_token_s: float | None = None
     num_preemptions: int = 0
+    num_output_tokens: int = 0
 
     @property
     def ttft_s(self) -> float | None:

@@ -345,6 +345,7 @@ class OutputProcessor:
         if not event.new_token_ids:
             return
         self.counts.num_generation_tokens += len(event.new_token_ids)
+        metrics.num_output_tokens += len(event.new_token_ids)
         metrics.last_token_s = now
         if metrics.first_token_s is None:
             metrics.first_token_s = now

@@ -20,6 +20,7 @@ from slipstream.core.outputs import RequestOutput
 from slipstream.core.request import Request
 from slipstream.engine.service import EngineService
 from slipstream.serve.errors import ApiError, of_exception
+from slipstream.serve.request_facts import current_facts
 from slipstream.serve.request_ids import request_id_of
 
 # An answer that nobody waits for any more; the status is for the log.
@@ -64,7 +65,7 @@ class StreamHub:
 
 
 class AnswerStream:
-    """Outputs of the engine requests behind one HTTP request, by position. One coroutine reads and closes it."""
+    """Outputs of the engine requests behind one HTTP request, by position; one coroutine reads it."""
 
     def __init__(self, hub: StreamHub, service: EngineService, *, on_close: Callable[[], None]) -> None:
         self._hub = hub
@@ -75,6 +76,7 @@ class AnswerStream:
         self._watcher: asyncio.Task[None] | None = None
         self._open: dict[int, str] = {}
         self._is_closed = False
+        self._facts = current_facts()
         self.is_disconnected = False
 
     def start(self, requests: Sequence[Request], *, streams: bool) -> None:
@@ -103,6 +105,8 @@ class AnswerStream:
     def take(self, position: int, output: RequestOutput) -> None:
         if self._is_closed:
             return
+        if self._facts is not None:
+            self._facts.take(output)
         if output.finished:
             self._open.pop(position, None)
         self._items.append((position, output))
