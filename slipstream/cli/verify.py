@@ -1,6 +1,7 @@
-"""Does this model compute what it should on this machine? `slipstream verify MODEL`.
+"""Does this model, or this kernel, compute what it should here? `slipstream verify MODEL`, `verify --kernel`.
 
-Ends with 1 where a module departs from the float32 reference, and names the first one that does.
+Ends with 1 where a module departs from the float32 reference, and names the first one that does; or where a
+kernel from outside departs from its op's definition.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import typer
 from slipstream.cli.console import note
 from slipstream.cli.engine_import import import_llm
 from slipstream.cli.options import text_option
-from slipstream.core.errors import EngineError
+from slipstream.core.errors import ConfigError, EngineError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,46 @@ class VerifyJob:
             raise EngineError(f"{self.model} does not compute what it should: {verdict.sentence()}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyKernelJob:
+    """One kernel from outside to hold against its op's grid, on one device."""
+
+    kernel: str
+    device: str
+
+    def __call__(self) -> None:
+        import_llm()
+        import torch
+
+        from slipstream.cli.kernel_import import import_kernel
+        from slipstream.kernels.conformance import check_kernel
+
+        plugin = import_kernel(self.kernel)
+        device = self.device
+        if device == "auto":
+            has_gpu = torch.cuda.is_available() and "cuda" in plugin.capability.devices
+            device = "cuda" if has_gpu else "cpu"
+        if device not in plugin.capability.devices or (device == "cuda" and not torch.cuda.is_available()):
+            raise ConfigError(
+                f"The kernel {plugin.name!r} runs on {', '.join(sorted(plugin.capability.devices))}, and "
+                f"{device} is what there is to check it on; give --device, on a machine that has it."
+            )
+        found = check_kernel(plugin, device=device)
+        for line in found.describe():
+            print(line)
+        if not found.is_good:
+            raise EngineError(f"{plugin.name} does not compute {plugin.op} as it is defined.")
+
+
 def verify(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A .gguf file, a folder or a hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A .gguf file, a folder or a hub id.")
+    ] = None,
     *,
+    kernel: Annotated[
+        str | None,
+        text_option("PLACE", "Check a kernel from outside instead: module:name or file.py:name."),
+    ] = None,
     device: Annotated[str | None, text_option("NAME", "auto (the default), cpu or cuda.")] = None,
     dtype: Annotated[str | None, text_option("TYPE", "auto (the default), float32, bfloat16 or float16.")] = (
         None
@@ -59,7 +97,7 @@ def verify(
     revision: Annotated[str | None, text_option("NAME", "Revision of a model on the hub.")] = None,
     tolerance: Annotated[float, typer.Option(metavar="X", min=0.0, help="Multiply every bound by X.")] = 1.0,
     json: Annotated[Path | None, text_option("FILE", "Write every module's figures here.")] = None,
-) -> VerifyJob:
+) -> VerifyJob | VerifyKernelJob:
     """Judge every layer and op of a model against a float32 reference on the same device.
 
     Takes memory for a second copy of the weights, in float32. Prints the worst error of each kind of module.
@@ -72,6 +110,14 @@ def verify(
         "revision": revision,
     }
     options = {name: value for name, value in given.items() if value is not None}
+    if kernel is not None:
+        others = [name for name in options if name != "device"]
+        if model is not None or others or json is not None:
+            odd = "MODEL" if model is not None else others[0] if others else "json"
+            raise typer.BadParameter(f"--kernel checks one kernel without a model; leave {odd} out.")
+        return VerifyKernelJob(kernel=kernel, device=device or "auto")
+    if model is None:
+        raise typer.BadParameter("Give a MODEL, or --kernel with a kernel from outside.")
     return VerifyJob(
         model=model, options=options | {"skip_tokenizer_init": True}, tolerance=tolerance, json=json
     )

@@ -22,6 +22,7 @@ from slipstream.core.batch import ForwardBatch
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
 from slipstream.core.plan import StepPlan, StepResult, TokenLogprobs
+from slipstream.engine.faults import describe_fault
 from slipstream.engine.graphs import DecodeGraphs, GraphCapture
 from slipstream.engine.host_rows import HostRows
 from slipstream.engine.native_steps import NativeSteps
@@ -190,7 +191,7 @@ class Runner:
                 self._forward(handle)
         except Exception as error:
             logger.exception("step %d failed", plan.step_id)
-            handle.error = f"the step failed: {type(error).__name__}"
+            handle.error = describe_fault(error)
         return handle
 
     def _apply(self, plan: StepPlan) -> None:
@@ -295,7 +296,7 @@ class Runner:
                 handle.sampled.start_copy()
         except Exception as error:
             logger.exception("sampling of step %d failed", handle.plan.step_id)
-            handle.error = f"sampling failed: {type(error).__name__}"
+            handle.error = describe_fault(error, what="sampling")
         handle.logits_RV = None
 
     def _processing(self, handle: StepHandle) -> Callable[[Tensor], None]:

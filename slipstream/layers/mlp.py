@@ -13,6 +13,7 @@ from torch.nn.functional import gelu, relu, silu
 
 from slipstream.core.errors import ConfigError, nearest
 from slipstream.kernels.gelu_and_mul import gelu_and_mul, gelu_and_mul_op, gelu_tanh_and_mul
+from slipstream.kernels.plugins import KERNELS
 from slipstream.kernels.silu_and_mul import silu_and_mul, silu_and_mul_op
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.linear import ColumnParallelLinear, GateUpLinear, RowParallelLinear
@@ -24,12 +25,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu_and_mul,
     "gelu_pytorch_tanh": gelu_tanh_and_mul,
 }
-# The same as registered ops, which have kernels of their own on a GPU and cost a CPU 5 us a call.
-GPU_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+# The same as registered ops, which have kernels of their own on a GPU and cost a CPU 5 us a call: there they
+# are called where a plugin computes them.
+ACTIVATION_OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu_and_mul_op,
     "swish": silu_and_mul_op,
     "gelu": gelu_and_mul_op,
     "gelu_pytorch_tanh": functools.partial(gelu_and_mul_op, approximate="tanh"),
+}
+
+OPS_OF = {
+    "silu": "silu_and_mul",
+    "swish": "silu_and_mul",
+    "gelu": "gelu_and_mul",
+    "gelu_pytorch_tanh": "gelu_and_mul",
 }
 
 gelu_tanh = functools.partial(gelu, approximate="tanh")
@@ -63,7 +72,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_up_TF = self.gate_up(x_TD)
-        activation = GPU_ACTIVATIONS[self.activation_name] if gate_up_TF.is_cuda else self.activation
+        is_op = gate_up_TF.is_cuda or OPS_OF[self.activation_name] in KERNELS.on_cpu
+        activation = ACTIVATION_OPS[self.activation_name] if is_op else self.activation
         return self.down(activation(gate_up_TF))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from slipstream.kernels.plugins import KERNELS
 from slipstream.kernels.rms_norm import add_rms_norm, add_rms_norm_op, rms_norm, rms_norm_op
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.parameter import Parameter
@@ -25,11 +26,13 @@ class RMSNorm(nn.Module):
         self.weight = Parameter.create((size,), dtype=torch.float32, device=build.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (rms_norm_op if x.is_cuda else rms_norm)(x, self.weight, self.eps)
+        is_op = x.is_cuda or "rms_norm" in KERNELS.on_cpu
+        return (rms_norm_op if is_op else rms_norm)(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return (norm(x + residual), x + residual)."""
-        add_norm = add_rms_norm_op if x.is_cuda else add_rms_norm
+        is_op = x.is_cuda or "add_rms_norm" in KERNELS.on_cpu
+        add_norm = add_rms_norm_op if is_op else add_rms_norm
         return add_norm(x, residual, self.weight, self.eps)
 
 
