@@ -62,7 +62,7 @@ class Spans:
         found: dict[str, Any] = {
             "http.request.method": facts.method,
             "http.response.status_code": facts.status,
-            "slipstream.request_id": facts.request_id,
+            "gen_ai.request.id": facts.request_id,
         }
         if facts.route:
             found["http.route"] = facts.route
@@ -73,7 +73,7 @@ class Spans:
             "gen_ai.usage.input_tokens": facts.num_prompt_tokens,
             "gen_ai.usage.output_tokens": facts.num_output_tokens,
             "gen_ai.response.finish_reasons": facts.finish_reasons,
-            "slipstream.cached_tokens": facts.num_cached_tokens,
+            "gen_ai.usage.cache_read.input_tokens": facts.num_cached_tokens,
         }
         for name, time in LATENCIES.items():
             seconds = facts.longest(time)
