@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 
@@ -38,6 +39,11 @@ def cpu_instructions() -> str:
 def cxx() -> str:
     """`CXX`: the C++ compiler for CPU kernels, with arguments if need be; empty means to look for one."""
     return os.environ.get("CXX", "").strip()
+
+
+def child_environment() -> dict[str, str]:
+    """Return this process's environment for a Python process that is to find the same modules."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 # What changes how torch, its libraries and the hub behave, beside our own.

@@ -23,6 +23,12 @@ class TokenizerSource(msgspec.Struct, frozen=True, kw_only=True):
     load_format: str = "auto"
     revision: str | None = None
 
+    def config(self) -> EngineConfig:
+        """Return a configuration that names the same tokenizer."""
+        return EngineConfig(
+            model=self.model, tokenizer=self.tokenizer, load_format=self.load_format, revision=self.revision
+        )
+
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What does not change while an engine runs.

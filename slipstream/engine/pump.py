@@ -90,7 +90,8 @@ class Pump:
                     self.after_batch()
         except Exception as error:
             logger.exception("the engine stopped")
-            self._fail(f"The engine stopped: {type(error).__name__}: {error}")
+            is_told = isinstance(error, EngineError)
+            self._fail(str(error) if is_told else f"The engine stopped: {type(error).__name__}: {error}")
         else:
             self._fail(STOPPED)
 

@@ -28,6 +28,9 @@ from slipstream.text.base import Tokenizer
 if TYPE_CHECKING:
     # A door whose engine is in another process never loads torch.
     from slipstream.engine.assembly import Assembly, Progress
+    from slipstream.engine.engine_process import EngineProcess
+    from slipstream.engine.liveness import LivenessLimits
+    from slipstream.engine.sockets import Endpoint
 
 
 class EngineService:
@@ -40,11 +43,13 @@ class EngineService:
         tokenizer: Tokenizer | None,
         *,
         assembly: Assembly | None = None,
+        owner: EngineProcess | None = None,
     ) -> None:
         self.info = info
         self.prompts = PromptEncoder(tokenizer)
-        # The engine itself, where it is in this process.
+        # The engine itself, where it is in this process, or the process that is this service's to end.
         self.assembly = assembly
+        self.owner = owner
         self.service_id = f"llm-{uuid.uuid4().hex[:12]}"
         self._has_tokenizer = tokenizer is not None
         self._ordinals = itertools.count()
@@ -154,6 +159,8 @@ class EngineService:
         """Stop the engine; pending requests fail with code "engine_stopped". Idempotent."""
         self._pump.stop()
         self.prompts.close()
+        if self.owner is not None:
+            self.owner.stop()
 
 
 def local_service(
@@ -173,3 +180,47 @@ def local_service(
     commands = EngineControl(assembly, config).commands()
     client = InProcessClient(assembly.engine, commands, max_step_s=max_step_s)
     return EngineService(info_of(assembly, config), client, assembly.tokenizer, assembly=assembly)
+
+
+def process_service(config: EngineConfig, *, awaits_restart: bool = False, **options: Any) -> EngineService:
+    """Start an engine in a process of its own and connect to it; `close` ends the process too.
+
+    `options` are those of `engine.engine_process.EngineProcess`. Raises as `local_service` does, and
+    EngineError where the process ended.
+    """
+    from slipstream.engine.engine_process import start_engine_process
+
+    process = start_engine_process(config, restart=awaits_restart, **options)
+    try:
+        service = connect_service(
+            process.endpoint, awaits_restart=awaits_restart, limits=options.get("limits"), owner=process
+        )
+    except BaseException:
+        process.stop()
+        raise
+    return service
+
+
+def connect_service(
+    endpoint: Endpoint,
+    *,
+    awaits_restart: bool = False,
+    limits: LivenessLimits | None = None,
+    owner: EngineProcess | None = None,
+) -> EngineService:
+    """Connect to an engine that listens at an endpoint, and read its tokenizer here.
+
+    With `awaits_restart` whoever owns the engine starts it again when it ends; `close` ends an `owner`.
+    Raises EngineError where no engine answers, ConfigError where its tokenizer is in no file.
+    """
+    from slipstream.engine.assembly import read_tokenizer
+    from slipstream.engine.process_client import ProcessClient
+
+    client = ProcessClient(endpoint, awaits_restart=awaits_restart, limits=limits)
+    try:
+        source = client.info.tokenizer
+        tokenizer = None if source is None else read_tokenizer(source.config())
+    except BaseException:
+        client.close()
+        raise
+    return EngineService(client.info, client, tokenizer, owner=owner)

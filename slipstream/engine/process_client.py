@@ -1,0 +1,358 @@
+"""How does a door talk to an engine in another process? An `EngineClient` over sockets.
+
+Whoever waits in `events` owns the sockets; other threads leave what they send in an outbox and wake it. An
+engine that has ended fails what was asked of it; where it is started again, the client introduces itself anew
+and goes on, otherwise `events` raises and the client is done.
+Invariant: nothing waits longer for a dead engine than it takes to see that its process is gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from slipstream import __version__
+from slipstream.core.errors import ConfigError, EngineError
+from slipstream.core.outputs import TokenEvent
+from slipstream.core.request import Request
+from slipstream.engine.client import STOPPED
+from slipstream.engine.engine_info import EngineInfo
+from slipstream.engine.health import Health
+from slipstream.engine.liveness import Liveness, LivenessLimits
+from slipstream.engine.open_requests import OpenRequests
+from slipstream.engine.request_message import message_of
+from slipstream.engine.sockets import Endpoint, connect_requests, load_zmq
+from slipstream.engine.wire import (
+    Abort,
+    Ask,
+    Down,
+    Events,
+    Failure,
+    Goodbye,
+    Hello,
+    Message,
+    Reply,
+    Submit,
+    Welcome,
+    WireError,
+    decode_down,
+    decode_value,
+    encode,
+    error_from,
+    own_events,
+)
+
+# How often a client that waits looks at the engine's process.
+LOOK_S = 0.25
+CONNECT_S = 10.0
+RECONNECT_S = 0.5
+
+
+class ProcessClient:
+    """A connection to the engine that listens at an endpoint. Raises EngineError where there is none.
+
+    With `awaits_restart` an engine that ended is expected to be started again at the same endpoint.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        limits: LivenessLimits | None = None,
+        awaits_restart: bool = False,
+        connect_s: float = CONNECT_S,
+    ) -> None:
+        self._zmq = load_zmq()
+        self._endpoint = endpoint
+        self._limits = limits or LivenessLimits()
+        self._awaits_restart = awaits_restart
+        self._lock = threading.Lock()
+        # Held by whoever uses the sockets: `events` while it waits, `close` at the end.
+        self._sockets = threading.Lock()
+        self._outbox: deque[Message] = deque()
+        self._open = OpenRequests()
+        self._asked: dict[int, tuple[str, Future[Any]]] = {}
+        self._call_ids = itertools.count()
+        self._inbox: deque[Down] = deque()
+        self._cause = ""
+        self._is_closed = False
+        # The byte that wakes whoever waits in `events`.
+        self._waker, self._wakeful = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wakeful.setblocking(False)
+        self._connection: Connection | None = None
+        try:
+            self._connection = Connection(endpoint, self._limits, connect_s, self._wakeful)
+        except BaseException:
+            self._release()
+            raise
+        self.info: EngineInfo = self._connection.info
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests. Raises EngineError where the engine has stopped, RequestError for callables."""
+        messages = [message_of(request) for request in requests]
+        with self._lock:
+            self._check_open()
+            for request in requests:
+                self._open.add(request)
+            self._outbox.append(Submit(messages))
+        self._wake()
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one sample of it. Idempotent; unknown ids are ignored."""
+        with self._lock:
+            if self._is_closed or request_id not in self._open:
+                return
+            self._outbox.append(Abort(request_id, index))
+        self._wake()
+
+    def command(self, name: str, arguments: Mapping[str, Any]) -> Future[Any]:
+        """Run a command of the engine; what it raises is the future's. Raises EngineError once stopped."""
+        message = Ask(next(self._call_ids), name, dict(arguments))
+        try:
+            encode(0, message)
+        except TypeError as error:
+            raise ConfigError(
+                f"The engine's command {name!r} runs in another process: {error}; give a path or plain data."
+            ) from None
+        future: Future[Any] = Future()
+        with self._lock:
+            self._check_open()
+            self._asked[message.call_id] = (name, future)
+            self._outbox.append(message)
+        self._wake()
+        return future
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineError(STOPPED)
+        if self._connection is None:
+            raise EngineError(self._cause)
+
+    def _wake(self) -> None:
+        try:
+            self._waker.send(b"\0")
+        except (BlockingIOError, OSError):
+            return  # it is awake already, or nobody waits any more
+
+    def events(self, timeout_s: float) -> list[TokenEvent]:
+        deadline = time.monotonic() + timeout_s
+        with self._sockets:
+            while not self._is_closed:
+                try:
+                    events = self._advance(max(0.0, deadline - time.monotonic()))
+                except EngineError as error:
+                    return self._die(str(error))
+                if events or time.monotonic() >= deadline:
+                    return events
+        return []
+
+    def _advance(self, timeout_s: float) -> list[TokenEvent]:
+        """Send what waits, and take in what comes within the time."""
+        connection = self._connection
+        if connection is None:
+            self._reconnect(timeout_s)
+            return []
+        self._flush(connection)
+        if not self._inbox:
+            if connection.wait(min(timeout_s, LOOK_S)):
+                self._drain_wakes()
+                self._flush(connection)
+            connection.liveness.look()
+            self._inbox += connection.receive()
+        events = self._take()
+        if not events and not self._inbox and connection.liveness.is_dead:
+            raise EngineError("The engine's process has ended.")
+        return events
+
+    def _take(self) -> list[TokenEvent]:
+        """Take what has come in its order; a reply waits until the events before it are out."""
+        events: list[TokenEvent] = []
+        while self._inbox:
+            if events and isinstance(self._inbox[0], Reply):
+                break
+            message = self._inbox.popleft()
+            match message:
+                case Events():
+                    events += message.events
+                case Reply():
+                    self._resolve(message)
+                case Failure(cause):
+                    self._inbox.clear()
+                    raise EngineError(cause)
+                case _:
+                    raise EngineError("The engine sent what it should not; it is not trusted further.")
+        if events:
+            with self._lock:
+                self._open.see(events)
+        return events
+
+    def _resolve(self, reply: Reply) -> None:
+        with self._lock:
+            name, future = self._asked.pop(reply.call_id, ("", None))
+        if future is None or not future.set_running_or_notify_cancel():
+            return
+        if reply.error is not None:
+            future.set_exception(error_from(reply.error))
+        else:
+            future.set_result(decode_value(name, reply.value))
+
+    def _flush(self, connection: Connection) -> None:
+        while self._outbox:
+            with self._lock:
+                message = self._outbox.popleft() if self._outbox else None
+            if message is not None:
+                connection.send(message)
+
+    def _drain_wakes(self) -> None:
+        try:
+            while self._wakeful.recv(4096):
+                pass
+        except BlockingIOError:
+            return
+
+    def _die(self, cause: str) -> list[TokenEvent]:
+        """Fail everything that was asked of an engine that is gone; raise where no other comes."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+            self._cause = cause
+            events = self._open.fail(cause)
+            asked, self._asked = self._asked, {}
+            self._outbox.clear()
+            self._inbox.clear()
+        if connection is not None:
+            connection.close()
+        for _, future in asked.values():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineError(cause))
+        if not self._awaits_restart:
+            raise EngineError(cause)
+        return events
+
+    def _reconnect(self, timeout_s: float) -> None:
+        """Look for the engine that was started in the place of the old one."""
+        try:
+            wait_s = min(timeout_s, RECONNECT_S)
+            connection = Connection(self._endpoint, self._limits, wait_s, self._wakeful)
+        except EngineError:
+            return
+        with self._lock:
+            self._connection, self.info = connection, connection.info
+
+    def last_stats(self) -> dict[str, Any]:
+        connection = self._connection
+        beat = None if connection is None else connection.liveness.beat
+        if beat is None:
+            return {}
+        return {"num_running": beat.num_running, "num_waiting": beat.num_waiting}
+
+    def health(self) -> Health:
+        connection = self._connection
+        if self._is_closed:
+            return Health("stopped", STOPPED)
+        if connection is None:
+            return Health("stopped", self._cause)
+        return connection.liveness.health()
+
+    def close(self) -> None:
+        """Leave the engine, which ends what was asked of it; a waiting `events` returns. Idempotent."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            asked, self._asked = self._asked, {}
+        for _, future in asked.values():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineError(STOPPED))
+        self._wake()
+        with self._sockets:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.send(Goodbye())
+                connection.close()
+            self._release()
+
+    def _release(self) -> None:
+        self._waker.close()
+        self._wakeful.close()
+
+
+class Connection:
+    """One greeting of one engine's process: sockets, sequence numbers and its pulse."""
+
+    def __init__(
+        self, endpoint: Endpoint, limits: LivenessLimits, timeout_s: float, wakeful: socket.socket
+    ) -> None:
+        self._zmq = load_zmq()
+        self._context = self._zmq.Context()
+        self._socket = connect_requests(self._context, endpoint)
+        self._next_out = 0
+        self._next_in = 0
+        self._prefix = ""
+        try:
+            self.send(Hello(endpoint.secret, __version__, os.getpid()))
+            welcome = self._greeting(timeout_s)
+            self.liveness = Liveness(endpoint, welcome.pid, limits)
+        except BaseException:
+            self._socket.close(linger=0)
+            self._context.term()
+            raise
+        self._prefix = welcome.prefix
+        self.info = welcome.info
+        self._poller = self._zmq.Poller()
+        self._poller.register(self._socket, self._zmq.POLLIN)
+        self._poller.register(self.liveness.socket, self._zmq.POLLIN)
+        self._poller.register(wakeful, self._zmq.POLLIN)
+        self._wakeful_fd = wakeful.fileno()
+
+    def _greeting(self, timeout_s: float) -> Welcome:
+        if not self._socket.poll(timeout_s * 1000):
+            raise EngineError("No engine answered; is it running, and of this version?")
+        for message in self.receive():
+            if isinstance(message, Welcome):
+                return message
+            if isinstance(message, Failure):
+                raise EngineError(message.cause)
+        raise EngineError("The engine did not answer as one of this version does.")
+
+    def send(self, message: Message) -> None:
+        self._socket.send(encode(self._next_out, message))
+        self._next_out += 1
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until something has come; True where another thread has something to send."""
+        ready = dict(self._poller.poll(timeout_s * 1000))
+        if self.liveness.socket in ready:
+            self.liveness.take()
+        return self._wakeful_fd in ready
+
+    def receive(self) -> list[Down]:
+        """Return the messages that have come. Raises EngineError where one is missing or not understood."""
+        messages: list[Down] = []
+        while True:
+            try:
+                frame = self._socket.recv(self._zmq.NOBLOCK)
+            except self._zmq.Again:
+                return messages
+            try:
+                sequence, message = decode_down(frame)
+            except WireError as error:
+                raise EngineError(f"A frame of the engine cannot be read: {error}.") from None
+            if sequence != self._next_in:
+                raise EngineError("Frames of the engine were lost.")
+            self._next_in += 1
+            if isinstance(message, Events):
+                own_events(message.events, self._prefix)
+            messages.append(message)
+
+    def close(self) -> None:
+        self._socket.close()
+        self.liveness.close()
+        self._context.term()
