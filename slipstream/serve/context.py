@@ -6,14 +6,20 @@ meanwhile: a route that needs the engine answers 503 without a branch of its own
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
+from slipstream.core.checks import shown
 from slipstream.engine.service import EngineService
 from slipstream.serve.errors import RETRY_AFTER, ApiError
+from slipstream.serve.prompt_work import PromptWork
 from slipstream.serve.streams import StreamHub
+
+T = TypeVar("T")
 
 # Tokenizing and rendering release the lock for most of their time; more threads than cores bring nothing.
 NUM_WORKERS = 4
@@ -41,6 +47,7 @@ class ServeContext:
         default_factory=lambda: ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="slipstream-serve")
     )
     _service: EngineService | None = None
+    _prompts: PromptWork | None = None
 
     @property
     def service(self) -> EngineService:
@@ -50,12 +57,18 @@ class ServeContext:
         return self._service
 
     @property
+    def prompts(self) -> PromptWork:
+        assert self._prompts is not None, "the service is asked for first"
+        return self._prompts
+
+    @property
     def has_service(self) -> bool:
         return self._service is not None
 
     def attach(self, service: EngineService) -> None:
         """Let the routes use an engine that is ready, and take new work from now on."""
         service.after_batch = self.hub.flush
+        self._prompts = PromptWork(service)
         self._service = service
         self.refusal = None
 
@@ -64,3 +77,18 @@ class ServeContext:
         if self.refusal is not None:
             raise self.refusal
         return self.service
+
+    async def off_loop(self, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Do work on a worker thread, so that the event loop goes on."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.workers, functools.partial(work, *arguments, **options))
+
+    def check_model(self, name: str | None, param: str = "model") -> str:
+        """Return the name of the model to use; unset is the first one served. Raises ApiError (404)."""
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            served = ", ".join(self.model_names)
+            message = f"There is no model {shown(name)} here; served: {served}."
+            raise ApiError(404, message, param=param, code="model_not_found")
+        return name

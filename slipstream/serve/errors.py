@@ -123,9 +123,10 @@ async def answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     shown = where if len(where) <= MAX_SHOWN_PATH else where[:MAX_SHOWN_PATH] + "..."
+    allowed = {name.lower(): value for name, value in (error.headers or {}).items()}.get("allow", "")
     messages = {
         404: f"There is no {shown!r} here; see /openapi.json for what is served.",
-        405: f"{shown!r} is not served with this method; allowed: {(error.headers or {}).get('allow', '')}.",
+        405: f"{shown!r} is not served with this method; allowed: {allowed}.",
     }
     message = messages.get(error.status_code, str(error.detail))
     return ApiError(error.status_code, message, headers=error.headers, code="not_found").response()

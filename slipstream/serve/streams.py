@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from slipstream.core.outputs import RequestOutput
@@ -166,16 +167,14 @@ class ChunkWriter(Protocol):
         ...
 
 
-class EventStreamResponse:
+class EventStreamResponse(Response):
     """An ASGI answer that writes a stream as it comes. A failure becomes an `error` event, then the end."""
 
     def __init__(self, stream: AnswerStream, first: Sequence[Arrival], writer: ChunkWriter) -> None:
+        super().__init__()
         self._stream = stream
         self._first = first
         self._writer = writer
-        self.status_code = 200
-        # What frameworks expect of a response.
-        self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -39,10 +39,14 @@ def encode_chat(
     messages: object,
     *,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     **variables: Any,
 ) -> ChatPrompt:
-    """Render `messages` and encode them. Raises RequestError as `ChatTemplate.render` does."""
+    """Render `messages` and encode them. Raises RequestError as `ChatTemplate.render` does.
+
+    With `continue_final_message` the prompt ends with the last message's content, which the answer continues.
+    """
     if template is None:
         raise RequestError(
             "This model has no chat template, so it cannot take messages. Send a raw prompt (generate or "
@@ -51,12 +55,38 @@ def encode_chat(
             code="unsupported",
         )
     given = template.check(messages, add_generation_prompt, tools, variables)
+    end = mark_end(given, template.source) if continue_final_message else ""
     if not spells_control(given, tokenizer):
-        text = template.render_checked(given)
+        text = cut_at(end, template.render_checked(given))
         return ChatPrompt(text, tokenizer.encode(text, add_special_tokens=False))
     mark = unused_mark(given, template.source)
-    marked = template.render_checked(map_strings(given, lambda text: split_control(text, tokenizer, mark)))
+    split = map_strings(given, lambda text: split_control(text, tokenizer, mark))
+    marked = cut_at(end, template.render_checked(split))
     return ChatPrompt(marked.replace(mark, ""), encode_marked(marked, mark, tokenizer))
+
+
+def mark_end(given: dict[str, Any], source: str) -> str:
+    """Put a mark at the end of the last message's content, and return it. Raises RequestError."""
+    last = given["messages"][-1]
+    if not isinstance(last["content"], str):
+        raise RequestError("The last message has no text that could be continued.", param="messages")
+    end = unused_mark(given, source)
+    last["content"] += end
+    return end
+
+
+def cut_at(end: str, text: str) -> str:
+    """Return a rendered text up to the mark of its last message's end, all of it without a mark."""
+    if not end:
+        return text
+    before, found, _ = text.rpartition(end)
+    if not found:
+        raise RequestError(
+            "The model's chat template does not show the last message's content, so it cannot be continued.",
+            param="messages",
+            code="template_error",
+        )
+    return before.replace(end, "")
 
 
 def encode_marked(marked: str, mark: str, tokenizer: Tokenizer) -> list[int]:
