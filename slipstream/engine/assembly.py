@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from slipstream.attention.base import AttentionBackend
@@ -33,10 +32,14 @@ from slipstream.core.errors import ConfigError, OutOfMemoryError
 from slipstream.core.limits import Limits
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine import Engine
+from slipstream.engine.faults import describe_fault
+from slipstream.engine.graph_config import num_graphs
 from slipstream.engine.kernel_choice import kernel_lines, load_plugins
+from slipstream.engine.ledger import DeviceMemory, Ledger, memory_of, tensor_bytes
 from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, fit_capacity, resolve
 from slipstream.engine.runner import Runner
 from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.warm_up import NUM_PAGES, Measured, StepBounds, measure_worst_case
 from slipstream.kernels.cpu.library import LibraryUnavailable, library
 from slipstream.models.loading import load_weights
 from slipstream.models.registry import model_class, read_config
@@ -72,6 +75,7 @@ class Assembly:
     resolved: ResolvedConfig
     capacity: Capacity
     weight_bytes: int
+    ledger: Ledger
     load_s: float
     report: list[str]
     build_model: Callable[[torch.device], Any]
@@ -105,6 +109,8 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         dtype = getattr(torch, resolved.dtype)
         quant = SCHEMES.get(resolved.quantization)()
         build = functools.partial(cls, model_config, mesh=Mesh(), quant=quant, dtype=dtype)
+        memory = memory_of(device)
+        require_room_for_weights(build, memory, resolved)
         model = build(device=device)
         groups = resolve_groups(
             model.cache_groups(),
@@ -118,12 +124,13 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         eos = _eos_token_ids(tokenizer, checkpoint)
     finally:
         checkpoint.close()
-    engine, capacity, limits = _build_engine(model, groups, backend, resolved, config, facts, eos)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    engine, capacity, limits, ledger = _build_engine(
+        model, groups, backend, resolved, config, facts, eos, memory
+    )
     load_s = time.monotonic() - started
     graphs = _graph_line(resolved, backend)
     kernels = kernel_lines(model, backend, device, resolved.dtype)
-    report = _report(resolved, capacity, limits, weight_bytes, [why, *kernels], graphs, load_s)
+    report = _report(resolved, capacity, limits, ledger, [why, *kernels], graphs, load_s)
     for line in report:
         logger.info(line)
     return Assembly(
@@ -132,7 +139,8 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         limits=limits,
         resolved=resolved,
         capacity=capacity,
-        weight_bytes=weight_bytes,
+        weight_bytes=ledger.weight_bytes,
+        ledger=ledger,
         load_s=load_s,
         report=report,
         build_model=lambda device: build(device=device),
@@ -148,17 +156,49 @@ def _build_engine(
     config: EngineConfig,
     facts: ModelFacts,
     eos: tuple[int, ...],
-) -> tuple[Engine, Capacity, Limits]:
+    memory: DeviceMemory,
+) -> tuple[Engine, Capacity, Limits, Ledger]:
     """Measure memory, size the pool, and join cache, scheduler and runner."""
     device = torch.device(resolved.device)
-    free_bytes, total_bytes = memory_of(device)
-    capacity = fit_capacity(
-        resolved,
-        page_bytes=groups[0].page_bytes,
-        num_groups=len(groups),
-        free_bytes=free_bytes,
-        total_bytes=total_bytes,
-    )
+    graph_sizes = _graph_sizes(config, resolved, backend)
+
+    def make_runner(num_pages: int, max_seq_len: int) -> Runner:
+        return Runner(
+            model,
+            groups,
+            num_pages=num_pages,
+            max_batch_size=resolved.max_batch_size,
+            max_seq_len=max_seq_len,
+            kv_dtype=getattr(torch, resolved.kv_dtype),
+            device=device,
+            backend=backend,
+            graph_sizes=graph_sizes,
+            has_graph_padding=resolved.has_graph_padding,
+        )
+
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    measured = None
+    if memory.can_measure:
+        measured = measure_worst_case(
+            lambda: make_runner(NUM_PAGES, resolved.max_seq_len),
+            memory,
+            _bounds_of(resolved, groups),
+            graph_sizes=graph_sizes,
+            num_graphs=num_graphs(graph_sizes),
+        )
+    free_bytes = memory.free()
+    entries = _entries(resolved, memory, measured, weight_bytes)
+    try:
+        capacity = fit_capacity(
+            resolved,
+            page_bytes=groups[0].page_bytes,
+            num_groups=len(groups),
+            free_bytes=free_bytes,
+            total_bytes=memory.total,
+            reserved_bytes=measured.num_bytes if measured is not None else 0,
+        )
+    except OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{error} As it stands, {Ledger(**entries, kv_bytes=0).line()}.") from error
     cache = KvCache(
         groups,
         capacity.num_pages,
@@ -181,19 +221,53 @@ def _build_engine(
         policy=resolved.capacity_policy,
         chunking_policy=resolved.chunking_policy,
     )
-    runner = Runner(
-        model,
-        groups,
-        num_pages=capacity.num_pages,
+    runner = make_runner(capacity.num_pages, max_seq_len)
+    if measured is None:
+        entries["state_bytes"] = tensor_bytes(runner.rows)
+    ledger = Ledger(**entries, kv_bytes=capacity.pool_bytes)
+    runner.describe_fault = functools.partial(describe_fault, ledger=ledger)
+    return Engine(scheduler, runner, depth=resolved.depth), capacity, limits, ledger
+
+
+def _bounds_of(resolved: ResolvedConfig, groups: list[CacheGroup]) -> StepBounds:
+    return StepBounds(
         max_batch_size=resolved.max_batch_size,
-        max_seq_len=max_seq_len,
-        kv_dtype=getattr(torch, resolved.kv_dtype),
-        device=device,
-        backend=backend,
-        graph_sizes=_graph_sizes(config, resolved, backend),
-        has_graph_padding=resolved.has_graph_padding,
+        max_num_tokens=resolved.max_num_tokens,
+        max_seq_len=resolved.max_seq_len,
+        num_groups=len(groups),
+        block_tokens=groups[0].block_tokens,
+        depth=resolved.depth,
     )
-    return Engine(scheduler, runner, depth=resolved.depth), capacity, limits
+
+
+def _entries(
+    resolved: ResolvedConfig, memory: DeviceMemory, measured: Measured | None, weight_bytes: int
+) -> dict[str, Any]:
+    """Return what the ledger holds before the pool is there."""
+    taken = memory.total - memory.free() - weight_bytes
+    return {
+        "device": resolved.device,
+        "total_bytes": memory.total,
+        "other_bytes": max(0, taken),
+        "weight_bytes": weight_bytes,
+        "state_bytes": measured.state_bytes if measured is not None else 0,
+        "workspace_bytes": measured.workspace_bytes if measured is not None else None,
+        "graph_bytes": measured.graph_bytes if measured is not None else 0,
+    }
+
+
+def require_room_for_weights(
+    build: Callable[..., Any], memory: DeviceMemory, resolved: ResolvedConfig
+) -> None:
+    """Raise OutOfMemoryError where the weights alone exceed what is free, before any is allocated."""
+    needed = sum(parameter.nbytes for parameter in build(device="meta").parameters())
+    free = memory.free()
+    if needed > free:
+        raise OutOfMemoryError(
+            f"The weights need {needed:,} bytes in {resolved.dtype}, and {free:,} of {memory.total:,} are "
+            f"free on the {resolved.device}; free memory, or choose a smaller model or type (dtype=, "
+            "or a quantised file)."
+        )
 
 
 def _graph_sizes(
@@ -246,14 +320,6 @@ def fit_seq_len(cache: KvCache, resolved: ResolvedConfig, *, asked: int | None) 
             "max_seq_len or raise KvCacheConfig(max_tokens=...)."
         )
     return low
-
-
-def memory_of(device: torch.device) -> tuple[int, int]:
-    """Return (free, total) bytes of a device's memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    memory = psutil.virtual_memory()
-    return memory.available, memory.total
 
 
 def find_native_obstacle(config: EngineConfig, has_cuda: bool) -> str:
@@ -347,7 +413,7 @@ def _report(
     resolved: ResolvedConfig,
     capacity: Capacity,
     limits: Limits,
-    weight_bytes: int,
+    ledger: Ledger,
     reasons_of_kernels: list[str],
     graphs: str,
     load_s: float,
@@ -361,8 +427,7 @@ def _report(
         f"{choice('device', resolved.device)}, {choice('dtype', resolved.dtype)}, "
         f"{choice('quantization', resolved.quantization)}, keys and values in {resolved.kv_dtype}",
         *reasons_of_kernels,
-        f"memory: weights {weight_bytes:,} bytes, KV cache {capacity.pool_bytes:,} bytes "
-        f"({capacity.num_tokens:,} tokens: {capacity.reason})",
+        ledger.line(f"{capacity.num_tokens:,} tokens: {capacity.reason}"),
         f"limits: {limits.max_seq_len:,} tokens a request, {resolved.max_batch_size} requests and "
         f"{resolved.max_num_tokens:,} tokens a step, up to {resolved.depth} steps outstanding",
         *([graphs] if graphs else []),

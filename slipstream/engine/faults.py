@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from slipstream.engine.ledger import Ledger
 from slipstream.kernels.plugins import KernelError
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
@@ -19,10 +20,11 @@ _ASKED = re.compile(r"[Tt]ried to allocate ([\d.,]+ ?[KMGT]?i?B)")
 _FREE = re.compile(r"of which ([\d.,]+ ?[KMGT]?i?B) is free")
 
 
-def describe_fault(error: BaseException, *, what: str = "the step") -> str:
-    """Return the sentence for everyone whose step failed with `error`."""
+def describe_fault(error: BaseException, *, what: str = "the step", ledger: Ledger | None = None) -> str:
+    """Return the sentence for everyone whose step failed with `error`; `ledger` is the engine's at start."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return f"{what} failed: {_missing_memory(error)}"
+        at_start = f". At start, {ledger.line()}" if ledger is not None else ""
+        return f"{what} failed: {_missing_memory(error)}{at_start}"
     if isinstance(error, KernelError):
         return f"{what} failed: {error.summary}"
     op = op_at_fault(error)

@@ -11,6 +11,8 @@ from slipstream.core.options import options
 # Where nothing is said: every size while steps are short, then sizes whose padding costs little.
 DEFAULT_SIZES = (1, 2, 3, 4, 6, 8, 12, *range(16, 65, 8), *range(80, 257, 16), *range(288, 513, 32))
 MAX_SIZE = 4096
+# Lengths of a lone prompt whose step is captured (`prompt_graphs.LENGTHS`).
+NUM_PROMPT_LENGTHS = 9
 
 
 @options()
@@ -53,6 +55,11 @@ class CudaGraphConfig:
             return tuple(sorted({size for size in self.batch_sizes if size <= bound}))
         bound = min(bound, DEFAULT_SIZES[-1])
         return (*(size for size in DEFAULT_SIZES if size < bound), bound)
+
+
+def num_graphs(sizes: Sequence[int]) -> int:
+    """Return how many steps may come to be captured: each size and short prompt, greedy and not."""
+    return 2 * (len(sizes) + NUM_PROMPT_LENGTHS) if sizes else 0
 
 
 def _is_size(value: Any) -> bool:

@@ -223,13 +223,22 @@ def _max_seq_len(config: EngineConfig, facts: ModelFacts) -> int:
 
 
 def fit_capacity(
-    resolved: ResolvedConfig, *, page_bytes: int, num_groups: int, free_bytes: int, total_bytes: int
+    resolved: ResolvedConfig,
+    *,
+    page_bytes: int,
+    num_groups: int,
+    free_bytes: int,
+    total_bytes: int,
+    reserved_bytes: int = 0,
 ) -> Capacity:
     """Turn memory settings into a number of pages.
 
-    `free_bytes` is what is free after weights, `total_bytes` the device's memory. Raises OutOfMemoryError
-    with needed and free bytes where not even one full block per group fits.
+    `free_bytes` is what is free after weights, `total_bytes` the device's memory, `reserved_bytes` what steps
+    need beside the pages. Raises OutOfMemoryError with needed and free bytes where not even one full block
+    per group fits.
     """
+    used = total_bytes - free_bytes + reserved_bytes
+    free_bytes -= reserved_bytes
     kv = resolved.kv_cache
     per_token = page_bytes * num_groups / kv.tokens_per_block
     if resolved.device == "cpu":
@@ -241,7 +250,6 @@ def fit_capacity(
     else:
         budget, reason = int(free_bytes * kv.free_gpu_memory_fraction), "free_gpu_memory_fraction"
         if resolved.gpu_memory_utilization is not None:
-            used = total_bytes - free_bytes
             budget, reason = (
                 int(total_bytes * resolved.gpu_memory_utilization) - used,
                 "gpu_memory_utilization",

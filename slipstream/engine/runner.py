@@ -110,6 +110,8 @@ class Runner:
     ) -> None:
         self.model = model
         self.backend = backend
+        # Says what went wrong with a step; whoever knows where memory went says that too.
+        self.describe_fault: Callable[..., str] = describe_fault
         self.groups = list(groups)
         self._device = device
         block_tokens = groups[0].block_tokens
@@ -191,7 +193,7 @@ class Runner:
                 self._forward(handle)
         except Exception as error:
             logger.exception("step %d failed", plan.step_id)
-            handle.error = describe_fault(error)
+            handle.error = self.describe_fault(error)
         return handle
 
     def _apply(self, plan: StepPlan) -> None:
@@ -296,7 +298,7 @@ class Runner:
                 handle.sampled.start_copy()
         except Exception as error:
             logger.exception("sampling of step %d failed", handle.plan.step_id)
-            handle.error = describe_fault(error, what="sampling")
+            handle.error = self.describe_fault(error, what="sampling")
         handle.logits_RV = None
 
     def _processing(self, handle: StepHandle) -> Callable[[Tensor], None]:

@@ -159,6 +159,10 @@ def test_memory_settings_resolve_to_one_ledger(folder: Path, setting: str) -> No
     with LLM(folder, device=DEVICE, dtype="float32", **options) as llm:
         capacity = llm.startup.capacity
         assert capacity.reason == setting
+        if setting == "gpu_memory_utilization":
+            # What this process may take holds its steps too, not the pages alone.
+            ledger = llm.startup.ledger
+            expected -= (ledger.workspace_bytes or 0) + ledger.graph_bytes + ledger.state_bytes
         # The model and what CUDA itself allocates for its first kernels lie between the two measurements.
         assert abs(capacity.pool_bytes - expected) < 64 * MIB
         assert capacity.pool_bytes == capacity.num_pages * capacity.page_bytes
