@@ -7,8 +7,11 @@ becomes an answer in the innermost layer: those further out only ever see answer
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -21,6 +24,9 @@ from slipstream.serve import (
     completions,
     embeddings,
     errors,
+    health,
+    management,
+    metrics,
     model_list,
     not_served,
     openapi,
@@ -30,17 +36,21 @@ from slipstream.serve.auth import OPEN_PATHS, PAGE_PATHS, Auth
 from slipstream.serve.body_limits import BodyLimits
 from slipstream.serve.context import ServeContext
 from slipstream.serve.request_ids import request_id_of
+from slipstream.serve.request_log import RequestLog
+from slipstream.serve.spans import open_spans
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Text generation and embeddings in the shapes of OpenAI's API."
 # Each has `add_routes(app, context)`.
-ROUTE_MODULES = (completions, chat, embeddings, tokenization, model_list)
+ROUTE_MODULES = (completions, chat, embeddings, tokenization, model_list, health, metrics, management)
 
 
 def create_app(context: ServeContext) -> FastAPI:
     """Return the ASGI application that serves `context`."""
     settings = context.settings
+    if settings.otlp_traces_endpoint is not None:
+        context.spans = open_spans(settings.otlp_traces_endpoint, model=context.model_names[0])
     app = FastAPI(
         title="Slipstream",
         version=__version__,
@@ -49,6 +59,7 @@ def create_app(context: ServeContext) -> FastAPI:
         redoc_url="/redoc" if settings.has_docs else None,
         redirect_slashes=False,
         middleware=middlewares(context),
+        lifespan=closing(context),
     )
     app.state.context = context
     errors.add_handlers(app)
@@ -59,10 +70,21 @@ def create_app(context: ServeContext) -> FastAPI:
     return app
 
 
+def closing(context: ServeContext) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Return the life of an application that ends with what it started itself."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(context.close)
+
+    return life
+
+
 def middlewares(context: ServeContext) -> list[Middleware]:
     """Return the layers around the routes, outermost first."""
     settings = context.settings
-    layers: list[Middleware] = []
+    layers = [Middleware(RequestLog, context=context, spans=context.spans)]
     if settings.cors_origins:
         layers.append(
             Middleware(

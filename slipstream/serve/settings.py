@@ -69,7 +69,7 @@ class ServeSettings:
     num_engines: int = 1
     in_process: bool = False
     on_engine_failure: str = "exit"
-    max_step_s: float = 300.0
+    max_step_s: float = 120.0
     max_body_bytes: int = 16 * MIB
     max_header_bytes: int = 32 << 10
     max_headers: int = 100
