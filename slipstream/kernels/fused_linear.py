@@ -53,7 +53,7 @@ def _cuda(
     residual_TO: Tensor | None,
 ) -> Tensor:
     if len(x_TI) != 1:
-        return fused_linear(x_TI, weight_OI, norm_I, eps, bias_O, activation, residual_TO)
+        return _several(x_TI, weight_OI, norm_I, eps, bias_O, activation, residual_TO)
     from slipstream.kernels.gpu.gemv import NO_ACTIVATION, gemv
     from slipstream.kernels.gpu.gemv_tiles import tile_of
 
@@ -69,6 +69,25 @@ def _cuda(
         activation=kind,
         tile=tile,
     )
+
+
+def _several(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    norm_I: Tensor | None,
+    eps: float,
+    bias_O: Tensor | None,
+    activation: str,
+    residual_TO: Tensor | None,
+) -> Tensor:
+    from slipstream.kernels.gpu.matmul import NO_ACTIVATION, matmul
+    from slipstream.kernels.gpu.matmul_tiles import tile_of
+
+    tile = tile_of(x_TI, weight_OI, is_gated=bool(activation))
+    if tile is None or norm_I is not None or not (residual_TO is None or residual_TO.is_contiguous()):
+        return fused_linear(x_TI, weight_OI, norm_I, eps, bias_O, activation, residual_TO)
+    kind = GATED[activation][0] if activation else NO_ACTIVATION
+    return matmul(x_TI, weight_OI, tile=tile, bias_O=bias_O, residual_TO=residual_TO, activation=kind)[0]
 
 
 def _fake(

@@ -65,6 +65,7 @@ class DecoderBlock(NativeBlock):
         )
         self.post_mlp_norm = RMSNorm(build, hidden, eps) if spec.has_post_norms else None
         self.fusible = self.parts() if is_fusible(self.parts()) else None
+        self.next_norm: tuple[RMSNorm, ...] = ()
 
     def parts(self) -> BlockParts:
         return BlockParts(
@@ -78,7 +79,7 @@ class DecoderBlock(NativeBlock):
 
     def forward(self, x_TD: Tensor, batch: ForwardBatch) -> Tensor:
         if self.fusible is not None and suits(x_TD, batch):
-            return run_fused(self.fusible, x_TD, batch)
+            return run_fused(self.fusible, x_TD, batch, self.next_norm)
         attended_TD = self.attention(self.input_norm(x_TD), batch)
         if self.post_attention_norm is not None:
             attended_TD = self.post_attention_norm(attended_TD)

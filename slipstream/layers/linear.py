@@ -9,9 +9,13 @@ Source: Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3.
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from torch import Tensor, nn
 
 from slipstream.core.errors import ConfigError
+from slipstream.kernels.scaled_linear import NUM_COUNTERS
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.packed_parameter import PackedParameter
 from slipstream.layers.parameter import Parameter, Slot, even_slot
@@ -20,6 +24,8 @@ from slipstream.quant.base import TensorSpec
 
 class Linear(nn.Module):
     """Base of the family: y = epilogue(gemm(x)). Sizes are this rank's, slots its share."""
+
+    _zeros: Tensor | None = None
 
     def __init__(
         self,
@@ -49,6 +55,14 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.epilogue(self.gemm(x))
+
+    @property
+    def counters(self) -> Tensor:
+        """Return zeros for kernels that cut the product; made once, for captured steps hold their address."""
+        counters, weight = self._zeros, cast(Tensor, self.weight)
+        if counters is None or counters.device != weight.device:
+            self._zeros = counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=weight.device)
+        return counters
 
     def gemm(self, x: Tensor) -> Tensor:
         """Return the base product; an adapter's delta is added to this, before the epilogue."""

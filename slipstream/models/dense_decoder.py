@@ -21,6 +21,7 @@ from slipstream.core.cache_group import CacheGroup
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.decoder_block import BlockSpec, DecoderBlock
 from slipstream.layers.embedding import LMHead, VocabEmbedding
+from slipstream.layers.fused_block import link
 from slipstream.layers.linear import local_kv_heads
 from slipstream.layers.native_block import BlockList
 from slipstream.layers.native_decoder import NativeDecoder, find_native_decoder
@@ -145,6 +146,7 @@ class DenseDecoder(nn.Module):
         self.rotary = self.make_rotary(build, config.rope)
         self.local_rotary = self.make_rotary(build, config.local_rope) if config.local_rope else None
         self.layers = BlockList(self.make_layer(build, i) for i in range(config.num_layers))
+        link(self.layers)
         self.norm = self.make_norm(build)
         tied = self.embedding if config.is_tied else None
         self.head = LMHead(build, config.vocab_size, config.hidden_size, tied=tied, bias=config.has_head_bias)

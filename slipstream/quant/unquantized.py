@@ -11,6 +11,9 @@ from torch.nn.functional import embedding, linear
 from slipstream.kernels.fused_linear import fused_linear_op
 from slipstream.quant.base import QuantCapability, TensorSpec
 
+# Beyond so many tokens a product is the vendor's library's alone; a registered op costs the host time.
+MAX_FUSED = 256
+
 
 class Unquantized:
     """Keeps `weight` [out, in] in the model's type."""
@@ -24,7 +27,7 @@ class Unquantized:
         """Nothing is left to do: the weight is used as it was placed."""
 
     def apply(self, layer: Any, x: Tensor) -> Tensor:
-        if x.is_cuda and x.ndim == 2 and len(x) == 1:
+        if x.is_cuda and x.ndim == 2 and len(x) <= MAX_FUSED:
             return fused_linear_op(x, layer.weight, None, 0.0, None, "", None)
         return linear(x, layer.weight)
 
