@@ -7,11 +7,14 @@ bytes.
 
 from __future__ import annotations
 
+# First, since it starts the clock of what is imported here.
+from slipstream.engine.startup_phases import PhaseClock, seconds_since_import_began
+
+# isort: split
 import dataclasses
 import functools
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -52,6 +55,8 @@ from slipstream.text.vocab_checks import check_vocab
 
 logger = logging.getLogger(__name__)
 
+IMPORT_S = seconds_since_import_began()
+
 T = TypeVar("T")
 
 # What a publisher may recommend for requests that do not say.
@@ -65,7 +70,9 @@ Progress = Callable[[str, float], None]
 class Assembly:
     """An engine ready to run, and what was decided on the way. `report` is for people.
 
-    `build_model` makes another model like the engine's, its parameters allocated and empty.
+    `phases` are the seconds of each part of the start; "tokenizer" ran beside the others, and "import" counts
+    once for the process. `build_model` makes another model like the engine's, its parameters allocated and
+    empty.
     `default_sampling` are the settings that the model's publisher recommends.
     """
 
@@ -77,6 +84,7 @@ class Assembly:
     weight_bytes: int
     ledger: Ledger
     load_s: float
+    phases: dict[str, float]
     report: list[str]
     build_model: Callable[[torch.device], Any]
     default_sampling: dict[str, float]
@@ -84,34 +92,39 @@ class Assembly:
 
 def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assembly:
     """Build the engine for a configuration; blocks until the weights are loaded."""
-    started = time.monotonic()
-    load_plugins()
-    checkpoint = open_checkpoint(
-        config.model,
-        load_format=config.load_format,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-    )
-    try:
-        cls = model_class(checkpoint)
-        model_config = read_config(cls, checkpoint)
-        facts = ModelFacts(
-            vocab_size=model_config.vocab_size,
-            max_position_embeddings=model_config.max_position_embeddings,
-            dtype=stored_dtype(checkpoint),
-            is_quantized=checkpoint.format == "gguf",
+    clock = PhaseClock(import_s=IMPORT_S)
+    with clock.phase("open"):
+        load_plugins()
+        checkpoint = open_checkpoint(
+            config.model,
+            load_format=config.load_format,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
         )
-        has_cuda = torch.cuda.is_available()
-        native_obstacle = find_native_obstacle(config, has_cuda)
+    try:
+        with clock.phase("config"):
+            cls = model_class(checkpoint)
+            model_config = read_config(cls, checkpoint)
+            facts = ModelFacts(
+                vocab_size=model_config.vocab_size,
+                max_position_embeddings=model_config.max_position_embeddings,
+                dtype=stored_dtype(checkpoint),
+                is_quantized=checkpoint.format == "gguf",
+            )
+            has_cuda = torch.cuda.is_available()
+        with clock.phase("kernels"):
+            native_obstacle = find_native_obstacle(config, has_cuda)
         resolved = resolve(config, facts, has_cuda=has_cuda, native_obstacle=native_obstacle)
-        reading = in_background(lambda: _checked_tokenizer(config, checkpoint, facts.vocab_size))
+        read = clock.timed("tokenizer", lambda: _checked_tokenizer(config, checkpoint, facts.vocab_size))
+        reading = in_background(read)
         device = torch.device(resolved.device)
         dtype = getattr(torch, resolved.dtype)
         quant = SCHEMES.get(resolved.quantization)()
         build = functools.partial(cls, model_config, mesh=Mesh(), quant=quant, dtype=dtype)
-        memory = memory_of(device)
-        require_room_for_weights(build, memory, resolved)
-        model = build(device=device)
+        with clock.phase("build"):
+            memory = memory_of(device)
+            require_room_for_weights(build, checkpoint, memory, resolved)
+            model = build(device=device)
         groups = resolve_groups(
             model.cache_groups(),
             block_tokens=resolved.kv_cache.tokens_per_block,
@@ -119,18 +132,19 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         )
         seen = facts_of(device, kv_dtype=resolved.kv_dtype, native_obstacle=native_obstacle)
         backend, why = choose_backend(resolved.attn_backend, seen, groups)
-        load_weights(model, checkpoint, progress=_weights_progress(progress))
-        tokenizer = reading.result()
+        with clock.phase("weights"):
+            load_weights(model, checkpoint, progress=_weights_progress(progress))
+        with clock.phase("wait for the tokenizer"):
+            tokenizer = reading.result()
         eos = _eos_token_ids(tokenizer, checkpoint)
     finally:
         checkpoint.close()
     engine, capacity, limits, ledger = _build_engine(
-        model, groups, backend, resolved, config, facts, eos, memory
+        model, groups, backend, resolved, config, facts, eos, memory, clock
     )
-    load_s = time.monotonic() - started
     graphs = _graph_line(resolved, backend)
     kernels = kernel_lines(model, backend, device, resolved.dtype)
-    report = _report(resolved, capacity, limits, ledger, [why, *kernels], graphs, load_s)
+    report = _report(resolved, capacity, limits, ledger, [why, *kernels], graphs, clock.line())
     for line in report:
         logger.info(line)
     return Assembly(
@@ -141,7 +155,8 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         capacity=capacity,
         weight_bytes=ledger.weight_bytes,
         ledger=ledger,
-        load_s=load_s,
+        load_s=clock.total_s,
+        phases={"import": clock.import_s, **clock.seconds},
         report=report,
         build_model=lambda device: build(device=device),
         default_sampling=recommended_sampling(checkpoint),
@@ -157,6 +172,7 @@ def _build_engine(
     facts: ModelFacts,
     eos: tuple[int, ...],
     memory: DeviceMemory,
+    clock: PhaseClock,
 ) -> tuple[Engine, Capacity, Limits, Ledger]:
     """Measure memory, size the pool, and join cache, scheduler and runner."""
     device = torch.device(resolved.device)
@@ -177,15 +193,10 @@ def _build_engine(
         )
 
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    measured = None
-    if memory.can_measure:
-        measured = measure_worst_case(
-            lambda: make_runner(NUM_PAGES, resolved.max_seq_len),
-            memory,
-            _bounds_of(resolved, groups),
-            graph_sizes=graph_sizes,
-            num_graphs=num_graphs(graph_sizes),
-        )
+    with clock.phase("warm-up"):
+        bounds = _bounds_of(resolved, groups)
+        make_small = functools.partial(make_runner, NUM_PAGES, resolved.max_seq_len)
+        measured = _measure(make_small, memory, bounds, graph_sizes)
     free_bytes = memory.free()
     entries = _entries(resolved, memory, measured, weight_bytes)
     try:
@@ -221,12 +232,23 @@ def _build_engine(
         policy=resolved.capacity_policy,
         chunking_policy=resolved.chunking_policy,
     )
-    runner = make_runner(capacity.num_pages, max_seq_len)
+    with clock.phase("pool"):
+        runner = make_runner(capacity.num_pages, max_seq_len)
     if measured is None:
         entries["state_bytes"] = tensor_bytes(runner.rows)
     ledger = Ledger(**entries, kv_bytes=capacity.pool_bytes)
     runner.describe_fault = functools.partial(describe_fault, ledger=ledger)
     return Engine(scheduler, runner, depth=resolved.depth), capacity, limits, ledger
+
+
+def _measure(
+    make_runner: Callable[[], Runner], memory: DeviceMemory, bounds: StepBounds, graph_sizes: tuple[int, ...]
+) -> Measured | None:
+    """Run the worst steps where what they take can be measured."""
+    if not memory.can_measure:
+        return None
+    count = num_graphs(graph_sizes)
+    return measure_worst_case(make_runner, memory, bounds, graph_sizes=graph_sizes, num_graphs=count)
 
 
 def _bounds_of(resolved: ResolvedConfig, groups: list[CacheGroup]) -> StepBounds:
@@ -256,12 +278,22 @@ def _entries(
     }
 
 
+# What a stored byte becomes at most: two bits a weight, as float32.
+MAX_EXPANSION = 16
+
+
 def require_room_for_weights(
-    build: Callable[..., Any], memory: DeviceMemory, resolved: ResolvedConfig
+    build: Callable[..., Any], checkpoint: Checkpoint, memory: DeviceMemory, resolved: ResolvedConfig
 ) -> None:
-    """Raise OutOfMemoryError where the weights alone exceed what is free, before any is allocated."""
-    needed = sum(parameter.nbytes for parameter in build(device="meta").parameters())
+    """Raise OutOfMemoryError where the weights alone exceed what is free, before any is allocated.
+
+    They are counted on a model without memory, unless the file is so small that there can be no doubt.
+    """
     free = memory.free()
+    stored = sum(tensor.num_bytes for tensor in checkpoint.tensors())
+    if 0 < stored < free // MAX_EXPANSION:
+        return
+    needed = sum(parameter.nbytes for parameter in build(device="meta").parameters())
     if needed > free:
         raise OutOfMemoryError(
             f"The weights need {needed:,} bytes in {resolved.dtype}, and {free:,} of {memory.total:,} are "
@@ -416,7 +448,7 @@ def _report(
     ledger: Ledger,
     reasons_of_kernels: list[str],
     graphs: str,
-    load_s: float,
+    budget: str,
 ) -> list[str]:
     reasons = resolved.reasons
 
@@ -431,5 +463,5 @@ def _report(
         f"limits: {limits.max_seq_len:,} tokens a request, {resolved.max_batch_size} requests and "
         f"{resolved.max_num_tokens:,} tokens a step, up to {resolved.depth} steps outstanding",
         *([graphs] if graphs else []),
-        f"ready in {load_s:.2f} s",
+        budget,
     ]
