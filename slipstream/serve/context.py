@@ -30,7 +30,8 @@ LOADING = "The model is still loading; try again in a few seconds."
 class ServeContext:
     """The engine's service, the server's options, and what all routes share.
 
-    `admission.admit(key, num_requests=, num_tokens=)` returns a ticket or raises; `metrics` may be None.
+    `admission.admit(key, num_requests=, num_tokens=)` returns a ticket or raises; `metrics` and `spans` may
+    be None.
     `refusal` is why no new work is taken at the moment (loading, draining), None where it is. `workers` does
     what would block the event loop.
     """
@@ -39,6 +40,7 @@ class ServeContext:
     model_names: Sequence[str]
     admission: Any
     metrics: Any = None
+    spans: Any = None
     refusal: ApiError | None = dataclasses.field(
         default_factory=lambda: ApiError(503, LOADING, code="loading", headers=RETRY_AFTER)
     )
@@ -55,6 +57,12 @@ class ServeContext:
         if self._service is None:
             raise self.refusal or ApiError(503, LOADING, code="loading", headers=RETRY_AFTER)
         return self._service
+
+    def close(self) -> None:
+        """End the worker threads and send the spans that are left; the engine is its owner's. Idempotent."""
+        self.workers.shutdown(wait=False, cancel_futures=True)
+        if self.spans is not None:
+            self.spans.close()
 
     @property
     def prompts(self) -> PromptWork:
