@@ -124,13 +124,15 @@ def test_flags(row: ForeignName, capsys: pytest.CaptureFixture[str]) -> None:
 def test_flags_that_are_taken_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each on the first command that has its option."""
     commands = {"run": ["m", "p"], "chat": ["m"], "bench throughput": ["m"], "bench latency": ["m"]}
+    commands["serve"] = ["m"]
     seen: list[Any] = []
-    for job in ("run.RunJob", "chat.ChatJob", "bench.BenchJob"):
+    for job in ("run.RunJob", "chat.ChatJob", "bench.BenchJob", "serve.ServeJob"):
         monkeypatch.setattr(f"slipstream.cli.{job}.__call__", lambda job: seen.append(job))
     monkeypatch.setattr("slipstream.bench.workload.read_dataset", lambda path, limit: None)
     taken = [row for row in FLAGS if row.ours]
     for row in taken:
-        lines = ([*name.split(), *rest, f"--{row.name}", row.example] for name, rest in commands.items())
+        value = [] if row.example is None else [row.example]
+        lines = ([*name.split(), *rest, f"--{row.name}", *value] for name, rest in commands.items())
         assert any(run_command(line) == 0 for line in lines), row.name
     assert len(seen) == len(taken)
 

@@ -22,6 +22,8 @@ from slipstream.core.options import translate
 
 # An engine's configuration is some lines long; YAML may expand a larger file without bounds.
 MAX_BYTES = 1 << 20
+# The server's options, beside the arguments of `LLM`.
+SERVE_KEY = "serve"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -32,10 +34,49 @@ def read_config(path: Path) -> dict[str, Any]:
     from slipstream.engine.config import EngineConfig
 
     given = parse_yaml(path)
+    if isinstance(given, Mapping):
+        given = {key: value for key, value in given.items() if normal_key(key) != SERVE_KEY}
     try:
         return read_section(given, EngineConfig)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def read_serve_section(path: Path) -> dict[str, Any]:
+    """Return what the file says of a server, under `serve:`; other commands pass over it.
+
+    Raises ConfigError as `read_config` does.
+    """
+    from slipstream.serve.settings import ServeSettings
+
+    given = parse_yaml(path)
+    section = {}
+    if isinstance(given, Mapping):
+        section = next((value for key, value in given.items() if normal_key(key) == SERVE_KEY), {})
+    try:
+        lists = _read_lists({} if section is None else section)
+        plain = {key: value for key, value in (section or {}).items() if normal_key(key) not in lists}
+        return {**read_section(plain, ServeSettings), **lists}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _read_lists(section: Any) -> dict[str, tuple[str, ...]]:
+    """Return the server's options that are lists of words. Raises ConfigError, also for keys in the open."""
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{SERVE_KEY} needs `name: value` lines, not {shown(section)}.")
+    lists: dict[str, tuple[str, ...]] = {}
+    for key, value in section.items():
+        name = normal_key(key)
+        if name in ("api_keys", "admin_keys"):
+            raise ConfigError(
+                f"{name} do not belong into this file; name a file of them with --api-key-file."
+            )
+        if name in ("served_model_names", "cors_origins"):
+            if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+                raise ConfigError(f"{name} must be a list of texts, not {shown(value)}.")
+            lists[name] = tuple(value)
+    return lists
 
 
 def parse_yaml(path: Path) -> Any:

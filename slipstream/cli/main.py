@@ -24,6 +24,7 @@ from slipstream.cli.engine_import import EXIT_INTERRUPTED
 from slipstream.cli.models import models
 from slipstream.cli.options import HABITS, normalize_name
 from slipstream.cli.run import run
+from slipstream.cli.serve import serve
 from slipstream.cli.verify import verify
 from slipstream.core import env
 from slipstream.core.aliases import advice_on, aliases_of
@@ -81,6 +82,7 @@ def bench() -> None:
 
 app.command()(run)
 app.command()(chat)
+app.command()(serve)
 app.command()(verify)
 app.command()(models)
 app.command()(collect_env)
@@ -101,10 +103,9 @@ def run_command(arguments: Sequence[str]) -> int:
         configure_logging()
         # Without arguments: help, not an error.
         job = app(list(arguments) or ["--help"], prog_name="slipstream", standalone_mode=False)
-        if callable(job):
-            job()
+        code = job() if callable(job) else job
         sys.stdout.flush()
-        return 0 if callable(job) else int(job or 0)
+        return int(code or 0)
     except BrokenPipeError:
         _discard_stdout()
         return EXIT_PIPE_CLOSED

@@ -12,6 +12,8 @@ import typer
 
 TOKENS = re.compile(r"([0-9]+(?:\.[0-9]+)?)([km]?)", re.IGNORECASE)
 TOKEN_UNITS = {"": 1, "k": 1024, "m": 1024**2}
+SECONDS = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|)", re.IGNORECASE)
+SECOND_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def parse_tokens(text: str) -> int:
@@ -53,3 +55,11 @@ def show_bytes(count: int) -> str:
             return f"{value:.0f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB"
+
+
+def parse_seconds(text: str) -> float:
+    """Return a number of seconds from `30`, `1.5s`, `500ms`, `10m` or `2h`. Raises typer.BadParameter."""
+    match = SECONDS.fullmatch(str(text).strip())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is not a time; write e.g. 30s, 500ms or 10m.")
+    return float(match[1]) * SECOND_UNITS[match[2].lower()]

@@ -41,6 +41,11 @@ def cxx() -> str:
     return os.environ.get("CXX", "").strip()
 
 
+def api_key() -> str:
+    """`SLIPSTREAM_API_KEY`: the key that `slipstream serve` asks for where no option names one."""
+    return os.environ.get("SLIPSTREAM_API_KEY", "").strip()
+
+
 def child_environment() -> dict[str, str]:
     """Return this process's environment for a Python process that is to find the same modules."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

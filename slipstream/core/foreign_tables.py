@@ -260,7 +260,8 @@ SAMPLING_NAMES: tuple[ForeignName, ...] = (
 )
 
 _IN_A_FILE = "write {} into a file and give it with --config"
-_NO_SERVER = "there is no server yet; leave it out"
+_NO_TOOLS = "tools are not served by this version; leave it out"
+_ONE_MACHINE = "one machine serves; start a server on each and balance between them"
 
 # Without the leading dashes; underscores count as dashes.
 FLAGS: tuple[ForeignName, ...] = (
@@ -328,10 +329,51 @@ FLAGS: tuple[ForeignName, ...] = (
     refused("chunked-prefill-size", "S", "8192", "use --max-num-tokens, the tokens of one step"),
     refused("max-prefill-tokens", "S", "16384", "use --max-num-tokens, the tokens of one step"),
     refused("random-seed", "S", "1", "use --seed"),
-    refused("host", "TVS", "0.0.0.0", _NO_SERVER),
-    refused("port", "TVS", "8000", _NO_SERVER),
-    refused("api-key", "VS", "key", _NO_SERVER),
-    refused("served-model-name", "TVS", "name", _NO_SERVER),
+    same("host", "TVS", "0.0.0.0", "127.0.0.1 unless given"),
+    same("port", "TVS", "8000", "8000 unless given"),
+    same("uds", "V", "socket"),
+    same("api-key", "VS", "key", "may be repeated; --api-key-file holds many, with names"),
+    same("served-model-name", "TVS", "name", "may be repeated"),
+    same("ssl-certfile", "VS", "cert.pem"),
+    same("ssl-keyfile", "VS", "key.pem"),
+    same("log-requests", "S", None, "a line for each request, without its text"),
+    same("max-queued-requests", "S", "100", "beyond those that run"),
+    alias("enable-log-requests", "V", None, "log-requests", "a line for each request, without its text"),
+    alias("admin-api-key", "S", "key", "admin-key"),
+    alias("api-server-count", "V", "2", "api-workers"),
+    alias("tokenizer-worker-num", "S", "2", "api-workers"),
+    alias("watchdog-timeout", "S", "300", "max-step-time"),
+    refused("allowed-origins", "V", '["*"]', "use --cors-origin, once for each origin; there is no wildcard"),
+    refused("root-path", "V", "/llm", "let the proxy take its prefix off the path"),
+    refused("fastapi-root-path", "S", "/llm", "let the proxy take its prefix off the path"),
+    refused("disable-fastapi-docs", "V", None, "there are none unless asked for by --docs; leave it out"),
+    refused("disable-log-requests", "V", None, "requests are not logged unless --log-requests; leave it out"),
+    refused("disable-uvicorn-access-log", "V", None, "requests are logged by --log-requests; leave it out"),
+    refused("uvicorn-log-level", "V", "info", "set the environment variable SLIPSTREAM_LOG"),
+    refused("log-level-http", "S", "info", "set the environment variable SLIPSTREAM_LOG"),
+    refused(
+        "h11-max-incomplete-event-size",
+        "V",
+        "65536",
+        _IN_A_FILE.format("`serve: {max_header_bytes: 65536}`"),
+    ),
+    refused("enable-metrics", "S", None, "metrics are always served at /metrics; leave it out"),
+    refused("enable-cache-report", "S", None, "usage always says what was cached; leave it out"),
+    refused("skip-server-warmup", "S", None, "a server is ready only after a first token; leave it out"),
+    refused("data-parallel-size", "V", "2", "use --num-engines"),
+    refused("dp", "S", "2", "use --num-engines"),
+    refused(
+        "chat-template", "VS", "template.jinja", "the model's own is used; edit it in a copy of the model"
+    ),
+    refused("enable-auto-tool-choice", "V", None, _NO_TOOLS),
+    refused("tool-call-parser", "VS", "hermes", _NO_TOOLS),
+    refused("reasoning-parser", "TVS", "qwen3", "answers are not taken apart; leave it out"),
+    refused("middleware", "V", "module.Class", "put a proxy before the server"),
+    refused("lora-modules", "V", "name=folder", _NO_LORA),
+    refused("server-role", "T", "context", "prefill and decode run in one engine; leave it out"),
+    refused("num-postprocess-workers", "T", "2", "use --api-workers"),
+    refused("dist-init-addr", "S", "host:port", _ONE_MACHINE),
+    refused("nnodes", "VS", "2", _ONE_MACHINE),
     refused("tp", "S", "2", _IN_A_FILE.format("`tensor_parallel_size: 2`")),
     refused("ep-size", "T", "2", _IN_A_FILE.format("`moe_expert_parallel_size: 2`")),
     refused("random-input-len", "V", "128", "use --isl"),
@@ -347,7 +389,7 @@ COMMANDS: tuple[ForeignName, ...] = (
     refused("eval", "T", "m", "there are no evaluations yet; LLM.generate() takes a list of prompts"),
     refused("launch", "T", "m", "everything runs in one process; use `slipstream run`"),
     refused("run-batch", "V", "m", "LLM.generate() takes a list of prompts"),
-    refused("serve", "TVS", "m", "there is no server yet; use `slipstream chat`, or LLM in Python"),
+    same("serve", "TVS", "m"),
 )
 BENCH_COMMANDS: tuple[ForeignName, ...] = (
     same("latency", "TV", "m"),
