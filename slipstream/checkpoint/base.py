@@ -28,7 +28,8 @@ class WeightTensor:
     a few megabytes of rows at a time keeps memory flat. Raises IndexError for rows the tensor does not have,
     CheckpointError where the file changed since it was opened. A scalar has shape () and one row.
     `read_raw(start, stop)`, where there is one, returns the stored bytes of whole rows, uint8
-    [stop - start, bytes of a row].
+    [stop - start, bytes of a row]. `read_into(start, stop, buffer)`, where there is one, writes them to a
+    uint8 array instead, for types that torch has too: `read` with the memory chosen by the caller.
     """
 
     name: str
@@ -37,6 +38,7 @@ class WeightTensor:
     num_bytes: int
     read: Callable[[int, int], Tensor] = dataclasses.field(repr=False)
     read_raw: Callable[[int, int], np.ndarray] | None = dataclasses.field(default=None, repr=False)
+    read_into: Callable[[int, int, np.ndarray], None] | None = dataclasses.field(default=None, repr=False)
 
     def read_all(self) -> Tensor:
         return self.read(0, self.shape[0] if self.shape else 1)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from slipstream.checkpoint.base import WeightTensor, require_rows
@@ -63,16 +64,37 @@ class SafetensorsFile:
         """Yield every tensor once, in file order."""
         for extent in self._extents:
             read = functools.partial(_read_rows, self._file, extent)
-            yield WeightTensor(extent.name, extent.shape, extent.dtype, extent.num_bytes, read)
+            read_into = functools.partial(_read_rows_into, self._file, extent)
+            is_bool = DTYPES[extent.dtype] is torch.bool
+            yield WeightTensor(
+                extent.name,
+                extent.shape,
+                extent.dtype,
+                extent.num_bytes,
+                read,
+                read_into=None if is_bool else read_into,
+            )
 
     def close(self) -> None:
         self._file.close()
 
 
-def _read_rows(file: WeightFile, extent: _Extent, start: int, stop: int) -> torch.Tensor:
+def _range_of(extent: _Extent, start: int, stop: int) -> tuple[int, int]:
+    """Return where rows start..stop lie in the file: the offset and the number of bytes."""
     require_rows(extent.name, extent.shape, start, stop)
     row_bytes = extent.num_bytes // extent.shape[0] if extent.shape and extent.shape[0] else extent.num_bytes
-    raw = file.read(extent.offset + start * row_bytes, (stop - start) * row_bytes)
+    return extent.offset + start * row_bytes, (stop - start) * row_bytes
+
+
+def _read_rows_into(file: WeightFile, extent: _Extent, start: int, stop: int, buffer: np.ndarray) -> None:
+    offset, num_bytes = _range_of(extent, start, stop)
+    if buffer.size != num_bytes:
+        raise ValueError(f"rows {start} to {stop} of {extent.name} are {num_bytes} bytes, not {buffer.size}")
+    file.read_into(offset, buffer)
+
+
+def _read_rows(file: WeightFile, extent: _Extent, start: int, stop: int) -> torch.Tensor:
+    raw = file.read(*_range_of(extent, start, stop))
     dtype = DTYPES[extent.dtype]
     # A bool tensor of bytes other than 0 and 1 is undefined behaviour in torch.
     stored = torch.from_numpy(raw != 0) if dtype is torch.bool else view_bytes(raw, dtype)

@@ -73,7 +73,16 @@ class WeightFile:
         """Return bytes offset..offset+num_bytes as a new uint8 array."""
         self._require_unchanged(offset, num_bytes)
         buffer = np.empty(num_bytes, dtype=np.uint8)
-        view, done = buffer.data, 0
+        self._fill(buffer, offset)
+        return buffer
+
+    def read_into(self, offset: int, buffer: np.ndarray) -> None:
+        """Fill a one-dimensional uint8 array with the bytes from `offset` on."""
+        self._require_unchanged(offset, buffer.size)
+        self._fill(buffer, offset)
+
+    def _fill(self, buffer: np.ndarray, offset: int) -> None:
+        view, done, num_bytes = buffer.data, 0, buffer.size
         while done < num_bytes:
             try:
                 count = os.preadv(self._fd, [view[done:]], offset + done)
@@ -82,7 +91,6 @@ class WeightFile:
             if count == 0:
                 raise self._changed("it ended early")
             done += count
-        return buffer
 
     def read_bytes(self, offset: int, num_bytes: int) -> bytes:
         return self.read(offset, num_bytes).tobytes()

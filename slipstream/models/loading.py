@@ -7,7 +7,7 @@ the right shape; otherwise it raised and listed everything that is wrong.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,16 +18,15 @@ from slipstream.core.errors import CheckpointError
 from slipstream.layers.linear import Linear
 from slipstream.layers.native_block import BlockList, NativeBlock
 from slipstream.models.dense_decoder import DenseDecoder
+from slipstream.models.placing import Progress, place_all
 from slipstream.models.random_weights import fill_random
 from slipstream.models.weight_map import Place
 
-# Called with (bytes placed so far, bytes in all).
-Progress = Callable[[int, int], None]
 MAX_LISTED = 40
 
 
 def load_weights(model: Any, checkpoint: Checkpoint, *, progress: Progress | None = None) -> None:
-    """Fill `model` from `checkpoint`; peak memory is the parameters plus a few chunks of 8 MB.
+    """Fill `model` from `checkpoint`; peak memory is the parameters plus a few chunks of 8 MB a thread.
 
     A checkpoint without weights (`load_format="dummy"`) fills it with random ones. Raises CheckpointError
     listing every missing, unexpected, duplicate and misshapen tensor, before it reads any; or naming the
@@ -38,7 +37,7 @@ def load_weights(model: Any, checkpoint: Checkpoint, *, progress: Progress | Non
     if isinstance(checkpoint, DummyCheckpoint):
         fill_random(model, progress=progress)
     else:
-        _place_all(places, fitting_tensors(model, checkpoint, places), progress)
+        place_all(places, fitting_tensors(model, checkpoint, places), progress)
     finish_modules(model)
 
 
@@ -95,23 +94,6 @@ def _misshapen(places: Mapping[str, Place], tensors: Iterable[WeightTensor]) -> 
         expected = place.parameter.expected_shape(place.slot)
         if tuple(tensor.shape) != expected:
             yield f"misshapen: {tensor.name} is {list(tensor.shape)}, the model expects {list(expected)}"
-
-
-def _place_all(
-    places: Mapping[str, Place], tensors: Sequence[WeightTensor], progress: Progress | None
-) -> None:
-    total, done = sum(tensor.num_bytes for tensor in tensors), 0
-    for tensor in tensors:
-        place = places[tensor.name]
-        if place.parameter is not None:
-            change = place.transform
-            if change is None:
-                place.parameter.place(tensor, place.slot)
-            else:
-                place.parameter.place(tensor, place.slot, change.apply, change.multiple)
-        done += tensor.num_bytes
-        if progress is not None:
-            progress(done, total)
 
 
 def check_coverage(model: nn.Module, places: Mapping[str, Place]) -> None:
