@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slipstream.core.errors import RequestError
 from slipstream.core.outputs import TokenEvent
 from slipstream.core.plan import StepPlan
 from slipstream.core.request import Request
-from slipstream.engine.runner import StepRunner
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.step_records import EngineTrace, StepRecord
+
+if TYPE_CHECKING:
+    from slipstream.engine.runner import StepRunner
 
 
 class Engine:
@@ -80,6 +82,7 @@ class Engine:
         record = StepRecord(
             plan.step_id,
             planned_s,
+            scheduled_s=time.monotonic(),
             num_rows=num_rows,
             num_prompts=num_rows - num_leading,
             num_decode_tokens=num_leading,

@@ -25,11 +25,9 @@ from slipstream.core.env import log_level
 from slipstream.core.errors import SlipstreamError
 from slipstream.core.request import Request
 from slipstream.core.sampling_params import SamplingParams
-from slipstream.engine.assembly import Progress, assemble
 from slipstream.engine.client import InProcessClient
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.config_message import read_config
-from slipstream.engine.control import EngineControl
 from slipstream.engine.engine_info import EngineInfo, info_of
 from slipstream.engine.engine_server import EngineServer
 from slipstream.engine.process_orders import Failed, Order, Progressed, Ready, Status
@@ -50,11 +48,16 @@ class ServedEngine:
     info: EngineInfo
 
 
+# Called with (what is being done, share done so far from 0 to 1).
+Progress = Callable[[str, float], None]
 MakeEngine = Callable[[EngineConfig, Progress], ServedEngine]
 
 
 def make_engine(config: EngineConfig, progress: Progress) -> ServedEngine:
     """Load the model of a configuration and see it generate a token."""
+    from slipstream.engine.assembly import assemble
+    from slipstream.engine.control import EngineControl
+
     assembly = assemble(config, progress=progress)
     client = InProcessClient(assembly.engine, EngineControl(assembly, config).commands())
     info = info_of(assembly, config)

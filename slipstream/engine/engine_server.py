@@ -13,6 +13,7 @@ import hmac
 import itertools
 import logging
 import os
+import socket
 import threading
 import time
 from collections import deque
@@ -54,10 +55,10 @@ from slipstream.engine.wire import (
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-IDLE_POLL_MS = 200
+IDLE_POLL_MS = 250
 # A flood of frames delays a step by no more than these take.
 MAX_FRAMES_PER_STEP = 256
-MAX_DISTRUSTED = 1024
+MAX_REMEMBERED = 1024
 DRAINING = "The server is shutting down and takes no further requests."
 
 
@@ -82,8 +83,15 @@ class EngineServer:
         self._info = info
         self._context = self._zmq.Context()
         self._socket, heartbeat, self.endpoint = listen(self._context, endpoint)
+        # A byte in it wakes the loop.
+        self._waker, self._wakeful = socket.socketpair()
+        self._poller = self._zmq.Poller()
+        self._poller.register(self._socket, self._zmq.POLLIN)
+        self._poller.register(self._wakeful, self._zmq.POLLIN)
         self._peers: dict[bytes, Peer] = {}
         self._owners: dict[str, Peer] = {}
+        # Doors that left may have frames under way; those that are distrusted are not heard again.
+        self._left: dict[bytes, None] = {}
         self._distrusted: dict[bytes, None] = {}
         self._numbers = itertools.count()
         self._replies: list[tuple[Peer, Ask, Future[Any]]] = []
@@ -97,12 +105,14 @@ class EngineServer:
         return [(peer.identity, peer.process) for peer in list(self._peers.values()) if peer.process]
 
     def drain(self) -> None:
-        """Take no further requests and end once nothing runs. From any thread."""
+        """Take no further requests and end once nothing runs. From any thread while it runs."""
         self._is_draining = True
+        self._waker.send(b"\0")
 
     def stop(self) -> None:
-        """End after the present step. From any thread."""
+        """End after the present step. From any thread while it runs."""
         self._is_stopping = True
+        self._waker.send(b"\0")
 
     def run(self) -> None:
         """Serve until `stop`, or `drain` and nothing runs. What the engine raises fails every door."""
@@ -121,6 +131,8 @@ class EngineServer:
             self._client.close()
             self._socket.close()
             self._context.term()
+            self._waker.close()
+            self._wakeful.close()
 
     def _advance(self) -> None:
         self._receive()
@@ -137,12 +149,16 @@ class EngineServer:
 
     def _receive(self) -> None:
         """Take what has arrived; waits for it while the engine has nothing to do."""
-        zmq, socket = self._zmq, self._socket
-        if not socket.poll(IDLE_POLL_MS if self._client.is_idle else 0):
+        zmq, requests = self._zmq, self._socket
+        if self._client.is_idle:
+            ready = dict(self._poller.poll(IDLE_POLL_MS))
+            if requests not in ready:
+                return
+        elif not requests.getsockopt(zmq.EVENTS) & zmq.POLLIN:
             return
         for _ in range(MAX_FRAMES_PER_STEP):
             try:
-                identity, *frames = socket.recv_multipart(zmq.NOBLOCK)
+                identity, *frames = requests.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
@@ -151,6 +167,8 @@ class EngineServer:
                 self._distrust(identity, str(error))
 
     def _take(self, identity: bytes, frames: Sequence[bytes]) -> None:
+        if identity in self._left:
+            return
         if identity in self._distrusted:
             self.num_dropped_frames += 1
             return
@@ -269,6 +287,7 @@ class EngineServer:
         for request_id in peer.open:
             del self._owners[request_id]
             self._client.abort(request_id)
+        remember(self._left, identity)
 
     def _distrust(self, identity: bytes, why: str) -> None:
         self.num_dropped_frames += 1
@@ -276,10 +295,16 @@ class EngineServer:
         peer = self._peers.get(identity)
         if peer is not None:
             self._send(peer, Failure("The engine does not trust what it got from this door."))
-        self._lose(identity, "its frames cannot be trusted")
-        if len(self._distrusted) >= MAX_DISTRUSTED:
-            del self._distrusted[next(iter(self._distrusted))]
-        self._distrusted[identity] = None
+            self._lose(identity, "its frames cannot be trusted")
+            self._left.pop(identity, None)
+        remember(self._distrusted, identity)
+
+
+def remember(identities: dict[bytes, None], identity: bytes) -> None:
+    """Add one, and forget the oldest where there are too many."""
+    if len(identities) >= MAX_REMEMBERED:
+        del identities[next(iter(identities))]
+    identities[identity] = None
 
 
 class Heart:

@@ -8,15 +8,18 @@ what is not complete yet is not shown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from slipstream.core.outputs import Logprob
 from slipstream.core.plan import TokenLogprobs
 from slipstream.core.request import Request
 from slipstream.text.base import Tokenizer
+
+if TYPE_CHECKING:
+    # Loaded only where logits are wanted: a door whose engine is elsewhere does without.
+    import torch
 
 
 class PromptExtras:
@@ -52,7 +55,7 @@ class PromptExtras:
             self._rows = np.empty((self._num_prompt, values.shape[1]), dtype=np.float32)
         self._rows[start : start + len(values)] = values
         if start + len(values) == self._num_prompt:
-            self.logits = torch.from_numpy(self._rows)
+            self.logits = _tensor(self._rows)
 
 
 def logprob_entry(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
@@ -67,4 +70,10 @@ def logprob_entry(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[
 
 def joined_logits(parts: Sequence[np.ndarray[Any, np.dtype[np.float32]]]) -> torch.Tensor | None:
     """Return [tokens, V] of single positions, or None where there was none."""
-    return torch.from_numpy(np.concatenate(parts)) if parts else None
+    return _tensor(np.concatenate(parts)) if parts else None
+
+
+def _tensor(rows: np.ndarray[Any, np.dtype[np.float32]]) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(rows)

@@ -107,10 +107,10 @@ class Events(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """What a command returned, or (class, message) of what it raised."""
+    """What a command returned, encoded by itself, or (class, message) of what it raised."""
 
     call_id: int
-    value: msgspec.Raw = msgspec.Raw()
+    value: bytes = b""
     error: tuple[str, str] | None = None
 
 
@@ -218,12 +218,13 @@ def _typed_extra(what: str, start: int, values: Any) -> tuple[str, int, Any]:
     return what, start, values
 
 
-def encode_value(value: object) -> msgspec.Raw:
+def encode_value(value: object) -> bytes:
     """Return what a command returned, encoded. Raises TypeError for what is not plain data."""
-    return msgspec.Raw(_encoder.encode(value))
+    return _encoder.encode(value)
 
 
-def decode_value(command: str, value: msgspec.Raw) -> Any:
+def decode_value(command: str, value: bytes) -> Any:
+    """Return what a command returned, of the type that it returned it in."""
     return msgspec.msgpack.decode(value, type=REPLY_TYPES.get(command, Any), ext_hook=_unpack_array)
 
 
