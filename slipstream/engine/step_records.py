@@ -24,14 +24,15 @@ EventKind = Literal["queued", "admitted", "chunk", "first_token", "preempted", "
 class StepRecord(msgspec.Struct, gc=False):
     """One step. A time is 0 until it has come.
 
-    `planned_s` is when its planning began, `launched_s` when the device had it, `collected_s` when its result
-    was there, `committed_s` when the result was taken in. `num_rows` counts rows in the step, `num_prompts`
-    those that ran a piece of their prompt, `num_prefill_tokens` together; counts of requests and free pages
-    are of the moment after the plan.
+    `planned_s` is when its planning began, `scheduled_s` when the plan was made, `launched_s` when the device
+    had it (a CPU has computed it by then), `collected_s` when its result was there, `committed_s` when the
+    result was taken in. `num_rows` counts rows in the step, `num_prompts` those that ran a piece of their
+    prompt, `num_prefill_tokens` together; counts of requests and free pages are of the moment after the plan.
     """
 
     step_id: int
     planned_s: float
+    scheduled_s: float = 0.0
     launched_s: float = 0.0
     collected_s: float = 0.0
     committed_s: float = 0.0
