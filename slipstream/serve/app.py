@@ -31,6 +31,7 @@ from slipstream.serve import (
     not_served,
     openapi,
     tokenization,
+    trace_routes,
 )
 from slipstream.serve.auth import OPEN_PATHS, PAGE_PATHS, Auth
 from slipstream.serve.body_limits import BodyLimits
@@ -43,7 +44,17 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Text generation and embeddings in the shapes of OpenAI's API."
 # Each has `add_routes(app, context)`.
-ROUTE_MODULES = (completions, chat, embeddings, tokenization, model_list, health, metrics, management)
+ROUTE_MODULES = (
+    completions,
+    chat,
+    embeddings,
+    tokenization,
+    model_list,
+    health,
+    metrics,
+    trace_routes,
+    management,
+)
 
 
 def create_app(context: ServeContext) -> FastAPI:

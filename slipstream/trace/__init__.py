@@ -1,0 +1,1 @@
+"""What did an engine do, drawn over time?"""
