@@ -26,6 +26,7 @@ from slipstream.cli.options import HABITS, normalize_name
 from slipstream.cli.run import run
 from slipstream.cli.serve import serve
 from slipstream.cli.verify import verify
+from slipstream.cli.warmup import warmup
 from slipstream.core import env
 from slipstream.core.aliases import advice_on, aliases_of
 from slipstream.core.errors import ConfigError, SlipstreamError, nearest
@@ -84,6 +85,7 @@ app.command()(run)
 app.command()(chat)
 app.command()(serve)
 app.command()(verify)
+app.command()(warmup)
 app.command()(models)
 app.command()(collect_env)
 bench_app.command()(throughput)
