@@ -25,6 +25,7 @@ from slipstream.cli.models import models
 from slipstream.cli.options import HABITS, normalize_name
 from slipstream.cli.run import run
 from slipstream.cli.serve import serve
+from slipstream.cli.trace import trace
 from slipstream.cli.verify import verify
 from slipstream.cli.warmup import warmup
 from slipstream.core import env
@@ -85,6 +86,7 @@ app.command()(run)
 app.command()(chat)
 app.command()(serve)
 app.command()(verify)
+app.command()(trace)
 app.command()(warmup)
 app.command()(models)
 app.command()(collect_env)
