@@ -6,7 +6,7 @@ This file parses; what is measured, and when a measurement fails, stands in the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +50,10 @@ class WorkloadOptions:
     runs: Annotated[int, typer.Option(metavar="N", min=1, help="Runs; the median counts.")] = 3
     reuse: Annotated[bool, typer.Option("--reuse", help="Let requests of a run share prefixes.")] = False
     json: Annotated[Path | None, text_option("FILE", "Write the record here.")] = None
+    profile: Annotated[
+        Path | None,
+        text_option("FILE.json", "Run once more under a profiler: a trace for Perfetto, and a table."),
+    ] = None
 
     def to_workload(self, kind: str) -> Workload:
         from slipstream.bench.workload import RandomWorkload, read_dataset
@@ -97,8 +101,9 @@ class BenchJob:
         from slipstream.bench.peak_memory import peak_memory_bytes
         from slipstream.bench.report import engine_facts, require_writable, show_table, summarize, write_json
 
-        if self.options.json is not None:
-            require_writable(self.options.json)
+        for path in (self.options.json, self.options.profile):
+            if path is not None:
+                require_writable(path)
         results = []
         with self._start() as llm:
             show_start(llm)
@@ -118,6 +123,23 @@ class BenchJob:
             if self.options.json is not None:
                 write_json(self.options.json, results, device=llm.startup.resolved.device)
         show_table(results)
+        if self.options.profile is not None:
+            self._profile(self.options.profile, requests)
+
+    def _profile(self, trace: Path, requests: Sequence[BenchRequest]) -> None:
+        """Run the workload on an engine of the same options under the profiler, and show what took time."""
+        from slipstream.bench.profile import profile_requests
+        from slipstream.bench.profile_table import describe_profile, table_path
+        from slipstream.engine.assembly import assemble
+        from slipstream.engine.config import EngineConfig
+
+        note("profiling")
+        assembly = assemble(EngineConfig(model=self.model, **self._options()[0]))
+        size = max(self.batch_sizes) if self.batch_sizes else self.max_running or len(requests)
+        profile = profile_requests(assembly, requests[:size], trace=trace)
+        table_path(trace).write_text(profile.to_json() + "\n", encoding="utf-8")
+        for line in describe_profile(profile, trace):
+            print(line)
 
     def _requests(self, llm: LLM) -> list[BenchRequest]:
         limits = llm.startup.limits
@@ -138,12 +160,7 @@ class BenchJob:
         from slipstream.core.errors import OutOfMemoryError
 
         llm_class = import_llm()
-        # Off unless asked for, here or in the file of --config: equal prompts would measure the cache.
-        reuse = {"enable_block_reuse": True} if self.options.reuse else {}
-        options = self.engine.to_llm_options(kv_defaults={"enable_block_reuse": False}, **reuse)
-        pool = self._cpu_pool_tokens(options)
-        if pool is not None:
-            options["kv_cache_config"] = dataclasses.replace(options["kv_cache_config"], max_tokens=pool)
+        options, pool = self._options()
         try:
             return llm_class(self.model, **options)
         except OutOfMemoryError as error:
@@ -153,6 +170,16 @@ class BenchJob:
                 f"{error} It was sized for all requests to run at once; give --kv-cache-max-tokens, or lower "
                 "--num-requests or --max-batch-size."
             ) from error
+
+    def _options(self) -> tuple[dict[str, Any], int | None]:
+        """Return the options of `LLM`, and the tokens of the KV cache where they were set here."""
+        # Off unless asked for, here or in the file of --config: equal prompts would measure the cache.
+        reuse = {"enable_block_reuse": True} if self.options.reuse else {}
+        options = self.engine.to_llm_options(kv_defaults={"enable_block_reuse": False}, **reuse)
+        pool = self._cpu_pool_tokens(options)
+        if pool is not None:
+            options["kv_cache_config"] = dataclasses.replace(options["kv_cache_config"], max_tokens=pool)
+        return options, pool
 
     def _cpu_pool_tokens(self, options: Mapping[str, Any]) -> int | None:
         """Return how large the KV cache must be where a CPU's default is too small and nothing is said."""

@@ -169,3 +169,24 @@ def test_the_door_is_the_librarys(tiny_llm: LLM) -> None:
     names = {name for name in vars(Door) if not name.startswith("_")}
     assert names == {"generate", "generate_async", "get_stats"}
     assert all(callable(getattr(tiny_llm, name)) for name in names)
+
+
+def test_a_profile_is_written_beside_the_measurement(
+    slipstream: Slipstream, tiny_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slipstream.bench.profile.CEILING_BYTES", {"cpu": 8 << 20})
+    path = tmp_path / "trace.json"
+    finished = slipstream("bench", "latency", tiny_path, *SMALL, "--batch-sizes", "1,2", "--profile", path)
+    assert finished.code == 0, finished.err
+    # Two requests at a time: a step of both prompts, then three of two tokens.
+    assert "4 steps of " in finished.out and "trace for ui.perfetto.dev" in finished.out
+    assert json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    table = json.loads((tmp_path / "trace.table.json").read_text(encoding="utf-8"))
+    assert table["num_steps"] == 4 and table["rows"] and table["ranges"]["plan"] > 0
+
+
+def test_a_profile_that_could_not_be_written_is_refused_before_the_run(
+    slipstream: Slipstream, tiny_path: str, tmp_path: Path
+) -> None:
+    finished = slipstream("bench", "latency", tiny_path, *SMALL, "--profile", tmp_path / "no" / "trace.json")
+    assert finished.code == 1 and "cannot be written" in finished.err and "ready in" not in finished.err
