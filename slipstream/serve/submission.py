@@ -1,11 +1,14 @@
 """How do checked prompts become a running answer? Fan-out, place in the queue, submission, first output.
 
-Invariant: nothing is submitted unless every prompt of the body was accepted, and what a client could be told
-by a status is found out before the answer begins: a stream starts with its first output.
+Invariants: keys share no cached prefixes; nothing is submitted unless every prompt of the body was accepted;
+what a client could be told by a status is found out before the answer begins, so a stream starts with its
+first output.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import time
 import uuid
 from collections.abc import Sequence
@@ -52,9 +55,11 @@ async def submit(
 ) -> AnswerStream:
     """Take a place in the queue and send the requests. Raises ApiError where there is none."""
     service = context.check_open()
+    key = key_name_of(http.scope)
+    requests = [in_namespace(request, key) for request in requests]
     num_tokens = sum(len(request.prompt_token_ids) for request in requests)
     ticket = context.admission.admit(
-        key_name_of(http.scope),
+        key,
         num_requests=sum(request.num_samples for request in requests),
         num_tokens=num_tokens,
     )
@@ -62,6 +67,15 @@ async def submit(
     stream.start(requests, streams=streams)
     stream.watch(http.receive)
     return stream
+
+
+def in_namespace(request: Request, key: str) -> Request:
+    """Return a request whose cached prefixes are its key's alone: nobody learns by a hit what others send."""
+    if not key:
+        return request
+    # A key's name holds no space, so no two pairs of name and salt are spelled alike.
+    spelled = f"{key} {request.cache_salt or ''}".encode()
+    return dataclasses.replace(request, cache_salt=hashlib.sha256(spelled).hexdigest())
 
 
 async def answers(

@@ -148,3 +148,27 @@ def test_messages_are_checked_first(smollm2: FastTokenizer, chatml: ChatTemplate
         encode_chat(smollm2, chatml, [])
     with pytest.raises(RequestError, match="lone surrogate"):
         encode_chat(smollm2, chatml, user("\ud800"))
+
+
+def test_a_continued_message_is_the_end_of_the_prompt(
+    smollm2: FastTokenizer, chatml: ChatTemplate, gemma3: FastTokenizer, turns: ChatTemplate
+) -> None:
+    """Up to the last letter, also behind a template that trims; what the message spells stays text."""
+    for tokenizer, template in ((smollm2, chatml), (gemma3, turns)):
+        for start in ("So ", "", *ATTACKS):
+            messages = [*user("Hi"), {"role": "assistant", "content": start}]
+            options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+            prompt = encode_chat(tokenizer, template, messages, **options)
+            bare = encode_chat(
+                tokenizer, template, [*user("Hi"), {"role": "assistant", "content": ""}], **options
+            )
+            assert prompt.text == bare.text + start
+            assert control_of(tokenizer, prompt.token_ids) == control_of(tokenizer, bare.token_ids)
+
+
+def test_a_message_that_a_template_hides_cannot_be_continued(smollm2: FastTokenizer) -> None:
+    template = ChatTemplate("{{ messages[0]['content'] }}", special_tokens={})
+    messages = [*user("Hi"), {"role": "assistant", "content": "So"}]
+    with pytest.raises(RequestError, match="cannot be continued"):
+        encode_chat(smollm2, template, messages, add_generation_prompt=False, continue_final_message=True)
+    template.close()
