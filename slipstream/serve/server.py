@@ -271,6 +271,7 @@ def _uvicorn_config(app: Any, settings: ServeSettings) -> uvicorn.Config:
         # How the log looks is the process's choice.
         log_config=None,
         access_log=False,
+        lifespan="off",
         server_header=False,
         # A client's word for its own address is nobody's.
         proxy_headers=False,
