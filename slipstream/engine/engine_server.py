@@ -95,7 +95,7 @@ class EngineServer:
         self._distrusted: dict[bytes, None] = {}
         self._numbers = itertools.count()
         self._replies: list[tuple[Peer, Ask, Future[Any]]] = []
-        self._heart = Heart(client, heartbeat, self._processes)
+        self._heart = Heart(client, heartbeat, self._processes, lambda: self.num_dropped_frames)
         self._is_draining = False
         self._is_stopping = False
         self.num_dropped_frames = 0
@@ -318,11 +318,13 @@ class Heart:
         client: InProcessClient,
         socket: Any,
         processes: Callable[[], list[tuple[bytes, psutil.Process]]],
+        num_dropped_frames: Callable[[], int],
     ) -> None:
         self.gone: deque[bytes] = deque()
         self._client = client
         self._socket = socket
         self._processes = processes
+        self._num_dropped_frames = num_dropped_frames
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="slipstream-heartbeat", daemon=True)
 
@@ -352,4 +354,11 @@ class Heart:
             stalled_s=client.stalled_s,
             time_s=time.monotonic(),
             refusal="" if refused is None else refused.message,
+            counters=self._counters(),
         )
+
+    def _counters(self) -> dict[str, int | float]:
+        """Look at what the engine's own thread counts; each is a number of its own, so no lock is needed."""
+        stats = self._client.last_stats()
+        counters = {name: value for name, value in stats.items() if isinstance(value, int | float)}
+        return counters | {"num_dropped_frames": self._num_dropped_frames()}

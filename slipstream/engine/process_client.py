@@ -251,7 +251,7 @@ class ProcessClient:
         beat = None if connection is None else connection.liveness.beat
         if beat is None:
             return {}
-        return {"num_running": beat.num_running, "num_waiting": beat.num_waiting}
+        return {**beat.counters, "num_running": beat.num_running, "num_waiting": beat.num_waiting}
 
     def health(self) -> Health:
         connection = self._connection

@@ -23,6 +23,7 @@ class RequestNotes:
 
     def __init__(self, records: StepRecords) -> None:
         self.records = records
+        self._commit_s = 0.0
         # Who samples the first token after an admission, by step.
         self._prefilled: dict[int, list[Sequence]] = {}
 
@@ -50,6 +51,10 @@ class RequestNotes:
     def finished(self, sequence: Sequence, reason: str) -> None:
         self.records.add_event("finished", sequence.request, num_tokens=sequence.num_output, reason=reason)
 
+    def begin_commit(self) -> None:
+        """Take the time at which a step's tokens came, before any of them ends a request."""
+        self._commit_s = time.monotonic()
+
     def committed(self, step_id: int, events: Events[TokenEvent]) -> None:
         """Note whose first tokens these are, and tell their way now: a stop string may end them elsewhere."""
         sequences = self._prefilled.pop(step_id, None)
@@ -63,7 +68,7 @@ class RequestNotes:
                 describe_way(event, sequence)
             search = None if sequence.group is None else sequence.group.search
             if (sequence.num_output if search is None else search.num_steps) == 1:
-                self.records.add_event("first_token", request, step_id=step_id)
+                self.records.add_event("first_token", request, at_s=self._commit_s, step_id=step_id)
 
 
 def describe_way(event: TokenEvent, sequence: Sequence) -> None:

@@ -431,6 +431,7 @@ class Scheduler:
         step_id, entries = self._outstanding.popleft()
         assert step_id == result.step_id, "results come back in the order of their plans"
         self._last_committed = step_id
+        self._notes.begin_commit()
         self.cache.pool.retire(step_id)
         self.stats.executed_tokens += result.executed_tokens
         events: list[TokenEvent] = []

@@ -123,7 +123,8 @@ class Failure(Message, frozen=True):
 class Heartbeat(Message, frozen=True):
     """Sent to all doors at a steady beat, from a thread that a hung step does not hold up.
 
-    `stalled_s` is how long the step or command of now has taken; `time_s` is on the monotonic clock.
+    `stalled_s` is how long the step or command of now has taken; `time_s` is on the monotonic clock;
+    `counters` are the engine's statistics, as they were a moment ago.
     """
 
     num_steps: int
@@ -132,6 +133,7 @@ class Heartbeat(Message, frozen=True):
     stalled_s: float
     time_s: float
     refusal: str = ""
+    counters: dict[str, int | float] = {}
 
 
 Up = Hello | Submit | Abort | Ask | Goodbye

@@ -65,6 +65,14 @@ def test_a_request_leaves_its_whole_way(depth: int) -> None:
         assert 0 < step.num_free_pages < trace.num_pages
 
 
+def test_a_request_of_one_token_ends_after_it() -> None:
+    replica = Replica(full(), num_pages=200)
+    engine = engine_of(replica)
+    replica.submit("a", [5, 6], 1)
+    run(engine)
+    assert kinds_of(engine.trace(), "a") == ["queued", "admitted", "chunk", "first_token", "finished"]
+
+
 def test_cache_hits_and_queueing_are_told() -> None:
     replica = Replica(full(), num_pages=200, max_batch_size=1)
     engine = engine_of(replica)
