@@ -156,7 +156,7 @@ def _lanes(
     drafts: dict[tuple[str, int], LaneDraft] = {}
     for event in events:
         key = (event.request_id, event.index)
-        if key not in drafts or drafts[key].lane.outcome:
+        if key not in drafts or (event.kind == "queued" and drafts[key].lane.outcome):
             # Ids are used again after their end; the older lane stays under a key of its own.
             if key in drafts:
                 drafts[(f"{event.request_id}\0{len(drafts)}", event.index)] = drafts.pop(key)
@@ -175,6 +175,8 @@ class LaneDraft:
 
     def take(self, event: RequestEvent, at_s: float) -> None:
         lane = self.lane
+        if lane.outcome:
+            return
         if not lane.phases and event.kind != "queued":
             lane.is_cut = True
             lane.phases.append(Phase(BEFORE[event.kind], 0.0, 0.0))

@@ -75,6 +75,13 @@ def test_an_id_that_is_used_again_has_two_lanes() -> None:
     assert [lane.outcome for lane in lanes] == ["length", ""]
 
 
+def test_what_is_said_after_the_end_opens_no_lane() -> None:
+    trace = by_hand()
+    trace.events += [RequestEvent(100.06, "first_token", "c", 0, step_id=5)]
+    assert len(timeline_of(trace, model="m").lanes) == 3
+    assert phases_of(lane_of(timeline_of(trace, model="m"), "c")) == [("decode", 0.0, 0.019)]
+
+
 def test_nothing_happened_yet() -> None:
     timeline = timeline_of(EngineTrace(now_s=5.0, wall_s=50.0, num_pages=0), model="m")
     assert (timeline.lanes, timeline.steps, timeline.duration_s) == ([], [], 0.0)
