@@ -195,6 +195,7 @@ ENGINE_OPTIONS = [
     Option("GUARANTEED_NO_EVICT", scheduler={"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"}),
     Option("STATIC_BATCH", scheduler={"capacity_scheduler_policy": "STATIC_BATCH"}),
     Option("EQUAL_PROGRESS", scheduler={"context_chunking_policy": "EQUAL_PROGRESS"}),
+    Option("max_decode_stretch", scheduler={"max_decode_stretch": 2.0}),
     Option("dynamic_batch_config", scheduler={"dynamic_batch_config": {}}),
     Option("enable_block_reuse", kv={"enable_block_reuse": False}),
     Option("enable_partial_reuse", kv={"enable_partial_reuse": False}),
@@ -218,6 +219,7 @@ MAY_BE_REFUSED = {
 CONTRADICTIONS = {
     frozenset({"stop", "detokenize"}),
     frozenset({"EQUAL_PROGRESS", "enable_chunked_prefill"}),
+    frozenset({"max_decode_stretch", "enable_chunked_prefill"}),
     # A search ranks the model's own log-probabilities, and shows nothing before its end.
     *(
         frozenset({"use_beam_search", name})

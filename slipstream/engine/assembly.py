@@ -40,6 +40,7 @@ from slipstream.engine.graph_config import num_graphs
 from slipstream.engine.kernel_choice import kernel_lines, load_plugins
 from slipstream.engine.ledger import DeviceMemory, Ledger, memory_of, tensor_bytes
 from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, fit_capacity, resolve
+from slipstream.engine.pacing import Pacing
 from slipstream.engine.runner import Runner
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.warm_up import NUM_PAGES, Measured, StepBounds, measure_worst_case
@@ -239,6 +240,7 @@ def _build_engine(
     ledger = Ledger(**entries, kv_bytes=capacity.pool_bytes)
     runner.describe_fault = functools.partial(describe_fault, ledger=ledger)
     return Engine(scheduler, runner, depth=resolved.depth), capacity, limits, ledger
+        pacing=_pacing(resolved),
 
 
 def _measure(
@@ -310,6 +312,15 @@ def _graph_sizes(
         return resolved.graph_sizes
     if config.cuda_graph_config is not None:
         raise ConfigError(
+def _pacing(resolved: ResolvedConfig) -> Pacing | None:
+    """Return what keeps prompts from stalling streams, where that is asked for."""
+    if resolved.max_decode_stretch is None:
+        return None
+    # Shorter chunks would cost more in overhead than they take from anybody's wait.
+    min_chunk = max(resolved.kv_cache.tokens_per_block, resolved.max_num_tokens // 32)
+    return Pacing(max_decode_stretch=resolved.max_decode_stretch, min_chunk=min_chunk)
+
+
             f"cuda_graph_config is set, and the steps of {type(backend).__name__} cannot be captured; leave "
             "it unset, or attn_backend='auto'."
         )

@@ -45,7 +45,10 @@ class ContextChunkingPolicy(enum.Enum):
 class SchedulerConfig:
     """Policies of the scheduler, as members of their enum or by name.
 
-    Requests wait in the order of (priority, arrival); other values of the last two fields are not served.
+    Requests wait in the order of (priority, arrival); `waiting_queue_policy` and `dynamic_batch_config` take
+    no other values. With `max_decode_stretch` a step that also runs prompts takes at most about so many times
+    as long as its decoding rows alone, so that streams stay fluent (longer where more prompts wait than rows
+    decode); None lets prompts fill a step.
     """
 
     capacity_scheduler_policy: CapacitySchedulerPolicy | str = CapacitySchedulerPolicy.MAX_UTILIZATION
@@ -55,6 +58,7 @@ class SchedulerConfig:
 
     @property
     def chunking_policy(self) -> str:
+    max_decode_stretch: float | None = None
         return _policy_name(self, "context_chunking_policy", ContextChunkingPolicy)
 
     @property
@@ -74,6 +78,13 @@ class SchedulerConfig:
 
 
 def _policy_name(config: SchedulerConfig, name: str, kind: type[enum.Enum]) -> str:
+        check_types(self)
+        stretch = self.max_decode_stretch
+        if stretch is not None and not 1.0 < stretch <= MAX_DECODE_STRETCH:
+            raise ConfigError(
+                f"SchedulerConfig(max_decode_stretch={stretch!r}) must be above 1 and at most "
+                f"{MAX_DECODE_STRETCH:g}, or None for no bound."
+            )
     """Return the name of a policy, given as a member or by name; refuse an unknown one."""
     value = getattr(config, name)
     label = value.value if isinstance(value, kind) else value
@@ -162,6 +173,11 @@ class EngineConfig:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must be from 0 to 2**63 - 1, or None for fresh randomness.")
         if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:
+        if scheduling.max_decode_stretch is not None and not self.enable_chunked_prefill:
+            raise ConfigError(
+                "max_decode_stretch bounds the chunks of prompts, and enable_chunked_prefill=False makes "
+                "none; leave one of the two out."
+            )
             raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1].")
 
 

@@ -32,6 +32,7 @@ class Engine:
         # Why no request is taken at the moment, if none is.
         self.refusal: RequestError | None = None
         self._in_flight: deque[tuple[Any, StepRecord]] = deque()
+        self._last_collected_s = 0.0
         # Samples still open of the requests that brought callables.
         self._num_open: dict[str, int] = {}
 
@@ -70,6 +71,7 @@ class Engine:
         handle, record = self._in_flight.popleft()
         result = self.runner.collect(handle)
         record.collected_s = time.monotonic()
+        self._observe(record)
         events = self.scheduler.commit(result)
         record.committed_s = time.monotonic()
         return self._let_go(expired + events)
@@ -93,6 +95,17 @@ class Engine:
         )
         scheduler.records.add_step(record)
         return record
+
+    def _observe(self, record: StepRecord) -> None:
+        """Tell how long a step took, from the end of the one before where both were outstanding."""
+        begun_s = max(record.scheduled_s, self._last_collected_s)
+        self._last_collected_s = record.collected_s
+        if self.scheduler.pacing is not None:
+            self.scheduler.pacing.observe(
+                num_decodes=record.num_decode_tokens,
+                num_prefill_tokens=record.num_prefill_tokens,
+                seconds=record.collected_s - begun_s,
+            )
 
     def trace(self) -> EngineTrace:
         """Return what its steps and requests did lately, as plain records."""

@@ -47,6 +47,7 @@ class ResolvedConfig:
     kv_cache: KvCacheConfig
     attn_backend: str
     gpu_memory_utilization: float | None
+    max_decode_stretch: float | None
     graph_sizes: tuple[int, ...]
     has_graph_padding: bool
     seed: int | None
@@ -105,6 +106,7 @@ def resolve(
         attn_backend=config.attn_backend,
         gpu_memory_utilization=config.gpu_memory_utilization,
         graph_sizes=_graph_sizes(config, device, max_batch_size),
+        max_decode_stretch=(config.scheduler_config or SchedulerConfig()).max_decode_stretch,
         has_graph_padding=(config.cuda_graph_config or CudaGraphConfig()).enable_padding,
         seed=config.seed,
         reasons=reasons,

@@ -24,6 +24,7 @@ from slipstream.engine.admission import POLICIES, MaxUtilization
 from slipstream.engine.beams import Beams, new_table, outcomes
 from slipstream.engine.chunking import POLICIES as CHUNKING_POLICIES
 from slipstream.engine.chunking import FirstComeFirstServed
+from slipstream.engine.pacing import Pacing
 from slipstream.engine.request_notes import READ_BAD_PAGES, SHORT_OF_PAGES, RequestNotes, describe_way
 from slipstream.engine.row_allocation import RowAllocation
 from slipstream.engine.scheduler_stats import SchedulerStats
@@ -49,6 +50,7 @@ class Scheduler:
         enable_chunked_prefill: bool = True,
         policy: str = "MAX_UTILIZATION",
         chunking_policy: str = "FIRST_COME_FIRST_SERVED",
+        pacing: Pacing | None = None,
     ) -> None:
         self.cache = cache
         self.stats = SchedulerStats()
@@ -65,6 +67,7 @@ class Scheduler:
             cache, self._rows, max_num_tokens=max_num_tokens, enable_chunked_prefill=enable_chunked_prefill
         )
         self._chunking: FirstComeFirstServed = CHUNKING_POLICIES.get(chunking_policy)()
+        self.pacing = pacing
         self._deadlines: list[tuple[float, tuple[int, int], Sequence]] = []
         self._outstanding: deque[tuple[int, list[tuple[int, Sequence, int]]]] = deque()
         self._notes = RequestNotes(self.records)
@@ -161,6 +164,7 @@ class Scheduler:
         self._plan_beams(plan, entries)
         budget = self._max_num_tokens - len(plan.spans)
         num_decodes = self.num_leading_spans = len(plan.spans)
+        budget = offered = self._paced(budget, num_decodes)
         budget = self._plan_chunks(plan, entries, budget)
         if not self._is_short:
             budget = self._plan_admissions(plan, entries, budget)
@@ -174,10 +178,20 @@ class Scheduler:
         self._outstanding.append((plan.step_id, entries))
         stats = self.stats
         stats.num_plans += 1
-        stats.num_planned_tokens += self._max_num_tokens - budget
+        stats.num_planned_tokens += num_decodes + offered - budget
         stats.max_prompts_per_step = max(stats.max_prompts_per_step, len(plan.spans) - num_decodes)
         stats.max_outstanding = max(stats.max_outstanding, len(self._outstanding))
         return plan
+
+    def _paced(self, budget: int, num_decodes: int) -> int:
+        """Return how many of `budget` tokens prompts may have beside decoding rows."""
+        if self.pacing is None or not num_decodes:
+            return budget
+        num_prompts = len(self._rows.prefilling) + len(self._queue)
+        allowed = self.pacing.budget(num_decodes=num_decodes, num_prompts=num_prompts)
+        if allowed is None or not self._enable_chunked_prefill:
+            return budget
+        return min(budget, allowed)
 
     def _plan_decodes(self, plan: StepPlan, entries: list[tuple[int, Sequence, int]]) -> None:
         """Give every decoding row one token. This loop is the host's cost at a large batch: keep it flat."""

@@ -1,0 +1,65 @@
+"""How many prompt tokens may join a step, so that those who read an answer do not stall?
+
+A step that also runs prompts may take `max_decode_stretch` times as long as the decoding rows alone would.
+Where more prompts wait than rows decode, the stretch grows with their ratio: then keeping few readers fluent
+would make many wait. Costs are learnt from steps that have ended, so that a chunk is as long as this device
+affords at this context, after Sarathi-Serve (arXiv:2403.02310, section 4.3), which fixes it beforehand.
+Invariant: at least `min_chunk` tokens are allowed, so that every prompt advances.
+"""
+
+from __future__ import annotations
+
+# Weight of the newest step in a mean.
+NEWEST = 0.5
+
+
+class Pacing:
+    """Learns from steps (`observe`) and bounds the next one (`budget`). Times are seconds."""
+
+    def __init__(self, *, max_decode_stretch: float, min_chunk: int) -> None:
+        self._stretch = max_decode_stretch
+        self._min_chunk = min_chunk
+        # Of steps that only decode, by the bit length of their number of rows.
+        self._decode_s: dict[int, float] = {}
+        # Of a prompt token beside decoding rows, at about the size of the last chunks.
+        self._token_s: float | None = None
+        self._last_budget = min_chunk
+
+    def observe(self, *, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
+        """Take in how long a step took."""
+        if not num_prefill_tokens:
+            size = num_decodes.bit_length()
+            self._decode_s[size] = _mean(self._decode_s.get(size), seconds, NEWEST)
+            return
+        decode_s = self._decode_time(num_decodes) or 0.0
+        token_s = max(seconds - decode_s, 0.0) / num_prefill_tokens
+        # A short chunk is nearly all overhead: it says little about the next long one.
+        weight = NEWEST * min(1.0, num_prefill_tokens / self._last_budget)
+        self._token_s = _mean(self._token_s, token_s, weight)
+
+    def budget(self, *, num_decodes: int, num_prompts: int) -> int | None:
+        """Return how many prompt tokens a step may run beside `num_decodes` rows, None for any number.
+
+        `num_prompts` are begun or waiting.
+        """
+        decode_s = self._decode_time(num_decodes)
+        if decode_s is None:
+            return None
+        if self._token_s is None:
+            return self._min_chunk
+        stretch = self._stretch * max(1.0, num_prompts / num_decodes)
+        spare_s = (stretch - 1.0) * decode_s
+        tokens = self._min_chunk if self._token_s == 0.0 else int(spare_s / self._token_s)
+        self._last_budget = max(tokens, self._min_chunk)
+        return self._last_budget
+
+    def _decode_time(self, num_decodes: int) -> float | None:
+        """Return the time of a step of about so many rows; of the nearest size where none of it was seen."""
+        if not num_decodes or not self._decode_s:
+            return None
+        size = num_decodes.bit_length()
+        return self._decode_s[min(self._decode_s, key=lambda known: abs(known - size))]
+
+
+def _mean(old: float | None, new: float, weight: float) -> float:
+    return new if old is None else old + weight * (new - old)
