@@ -125,14 +125,17 @@ class EngineServer:
             cause = f"The engine stopped: {type(error).__name__}."
             raise
         finally:
-            self._heart.stop()
-            for peer in list(self._peers.values()):
-                self._send(peer, Failure(cause))
-            self._client.close()
-            self._socket.close()
-            self._context.term()
-            self._waker.close()
-            self._wakeful.close()
+            self._close(cause)
+
+    def _close(self, cause: str) -> None:
+        self._heart.stop()
+        for peer in list(self._peers.values()):
+            self._send(peer, Failure(cause))
+        self._client.close()
+        self._socket.close()
+        self._context.term()
+        self._waker.close()
+        self._wakeful.close()
 
     def _advance(self) -> None:
         self._receive()
@@ -236,15 +239,17 @@ class EngineServer:
         self._replies.append((peer, ask, future))
 
     def _reply(self, peer: Peer, ask: Ask, future: Future[Any]) -> None:
-        error = future.exception()
-        if error is not None:
-            logger.info("the command %s failed: %s", ask.name[:40], error)
-            self._send(peer, Reply(ask.call_id, error=error_parts(error)))
-            return
-        value = future.result()
-        if ask.name == "stats":
-            value = {**value, "num_dropped_frames": self.num_dropped_frames, "num_doors": len(self._peers)}
-        self._send(peer, Reply(ask.call_id, encode_value(value)))
+        try:
+            value = future.result()
+            if ask.name == "stats":
+                counts = {"num_dropped_frames": self.num_dropped_frames, "num_doors": len(self._peers)}
+                value = {**value, **counts}
+            reply = Reply(ask.call_id, encode_value(value))
+        except Exception as error:
+            logger.info("the command %.40s failed: %s", ask.name, error)
+            reply = Reply(ask.call_id, error=error_parts(error))
+        if peer.identity in self._peers:
+            self._send(peer, reply)
 
     def _send_events(self, events: Sequence[TokenEvent]) -> None:
         batches: dict[Peer, list[TokenEvent]] = {}

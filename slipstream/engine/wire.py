@@ -151,8 +151,8 @@ def _pack_array(value: object) -> msgspec.msgpack.Ext:
 
 def _unpack_array(code: int, data: memoryview) -> Any:
     """Return an array of its own memory. Raises ValueError where sizes do not fit."""
-    if code != ARRAY_CODE:
-        raise ValueError("an unknown extension")
+    if code != ARRAY_CODE or len(data) < _ARRAY_HEADER.size:
+        raise ValueError("no array")
     head: tuple[int, int] = _ARRAY_HEADER.unpack_from(data)
     kind, num_dims = head
     start = _ARRAY_HEADER.size + 8 * num_dims
@@ -221,8 +221,13 @@ def _typed_extra(what: str, start: int, values: Any) -> tuple[str, int, Any]:
 
 
 def encode_value(value: object) -> bytes:
-    """Return what a command returned, encoded. Raises TypeError for what is not plain data."""
-    return _encoder.encode(value)
+    """Return what a command returned, encoded. Raises EngineError for what is not plain data."""
+    try:
+        return _encoder.encode(value)
+    except (TypeError, ValueError, OverflowError):
+        raise EngineError(
+            f"What the command returned ({type(value).__name__}) does not cross processes."
+        ) from None
 
 
 def decode_value(command: str, value: bytes) -> Any:

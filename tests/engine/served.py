@@ -85,6 +85,7 @@ def fake_client(*, num_pages: int = 4001, max_batch_size: int = 64, step_s: floa
         "die": Command(lambda engine: os._exit(7)),
         "idle": Command(lambda engine: engine.scheduler.num_running, when_idle=True),
         "fail": Command(lambda engine: 1 / 0),
+        "object": Command(lambda engine: engine),
     }
     return InProcessClient(Engine(scheduler, runner, depth=2), commands)  # type: ignore[arg-type]
 

@@ -128,6 +128,8 @@ def test_commands_run_by_name_and_their_errors_come_back(service: EngineService)
         service.command("hang").result(DEADLINE_S)
     with pytest.raises(EngineError, match="raised ZeroDivisionError"):
         service.command("fail").result(DEADLINE_S)
+    with pytest.raises(EngineError, match="does not cross"):
+        service.command("object").result(DEADLINE_S)
     with pytest.raises(ConfigError, match="runs in another process"):
         service.command("echo", tensor=object())
     assert service.health().is_ready
