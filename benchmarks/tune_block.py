@@ -1,7 +1,7 @@
 """Which tiles are fastest where they run: between the other kernels of a block? Prints rows for the tables.
 
-A product timed alone finds its own instructions and the queue of the memory warm; between others it does not. So
-the kernels of some blocks, with weights of their own, are captured as one graph, attention over a context
+A product timed alone finds its own instructions and the queue of the memory warm; between others it does not.
+So the kernels of some blocks, with weights of their own, are captured as one graph, attention over a context
 included, and the tiles of one product after another are varied, the others staying at the best found. What
 parts of the block cost is then seen by leaving them out.
 
@@ -143,6 +143,15 @@ class Blocks:
             times.append(start.elapsed_time(end) * 1e3 / self.count)
         return statistics.median(times[2:])
 
+    def is_right(self, name: str, tile: Any) -> bool:
+        if self.tokens == 1:
+            return True
+        shape, weight = self.shapes[name], self.weights[name][0]
+        x = torch.randn(self.tokens, shape[1], device="cuda").bfloat16()
+        extras = tune_matmul.make_extras(self.tokens, shape)
+        want = tune_matmul.expected(x, weight, shape, extras)
+        return tune_matmul.is_right(x, weight, shape, tile, extras, want)
+
     def first(self) -> dict[str, Any]:
         if self.tokens == 1:
             return {n: gemv_tile_of(self.weights[n][0], is_gated=s[2]) for n, s in self.shapes.items()}
@@ -156,8 +165,7 @@ class Blocks:
 def candidates(name: str, shape: tuple[int, int, bool], tokens: int) -> list[Any]:
     if tokens == 1:
         return [tile for tile in tune_gemv.TILES if shape[1] % tile[1] == 0]
-    found: list[Any] = tune_matmul.tiles(tokens, shape, num_sms(0))
-    return [None, *found]
+    return [None, *tune_matmul.tiles(tokens, shape, num_sms(0))]
 
 
 def settle(tiles: dict[str, Any], size: int) -> dict[str, Any]:
@@ -182,6 +190,9 @@ def tune(model: str, tokens: int) -> dict[str, Any]:
             for tile in candidates(name, blocks.shapes[name], tokens):
                 tiles = {**best, name: tile}
                 if tokens > 1 and settle(dict(tiles), size) != tiles:
+                    continue
+                if tile is not None and not blocks.is_right(name, tile):
+                    print(f"  WRONG {name} {tile}", flush=True)
                     continue
                 times.append((blocks.time_us(tiles), repr(tile), tile))
             times.sort(key=lambda entry: entry[0])

@@ -20,6 +20,7 @@ from slipstream.core.batch import ForwardBatch
 from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode_op
 from slipstream.kernels.paged_prefill import paged_prefill_op
 from slipstream.kernels.query_tiles import tile_queries
+from slipstream.kernels.rotary_decode import rotary_decode_op
 from slipstream.kernels.rotary_store import rotary_store_op
 from slipstream.kernels.store_slots import store_slots_op
 
@@ -61,6 +62,8 @@ class TritonAttention:
     ) -> Tensor:
         """Norm and turn q and k, store k and v, attend, and return [T, N * H]. Only enqueues."""
         group, place = batch.layer_place[spec.layer_idx]
+        if batch.attention_plan.query_lens == (1,):
+            return self._run_one(qkv_TC, rotation, batch, spec)
         q_TNH = rotary_store_op(
             qkv_TC,
             rotation.table_P2H,
@@ -74,6 +77,32 @@ class TritonAttention:
             batch.slot_mapping_T[group],
         )
         return self.attend(q_TNH, batch, spec).flatten(1)
+
+    def _run_one(
+        self, qkv_1C: Tensor, rotation: Rotation, batch: ForwardBatch, spec: AttentionSpec
+    ) -> Tensor:
+        """Do all of it in one kernel for a step of one row, which reads nothing that another row writes."""
+        group, place = batch.layer_place[spec.layer_idx]
+        out_1NH = rotary_decode_op(
+            qkv_1C,
+            rotation.table_P2H,
+            batch.positions_kT[0],
+            rotation.q_norm_H,
+            rotation.k_norm_H,
+            rotation.eps,
+            rotation.interleaved,
+            rotation.heads,
+            batch.kv_pages[group][:, place],
+            batch.slot_mapping_T[group],
+            batch.block_table[group],
+            batch.seq_lens,
+            self._zeros(qkv_1C.device),
+            batch.attention_plan.max_seq_len,
+            spec.scale,
+            spec.window,
+            spec.softcap,
+        )
+        return out_1NH.flatten(1)
 
     def attend(self, q_TNH: Tensor, batch: ForwardBatch, spec: AttentionSpec) -> Tensor:
         """Attend to what already stands in the layer's pages, the step's own tokens included."""

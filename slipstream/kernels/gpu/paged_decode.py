@@ -13,6 +13,7 @@ R rows, N query heads, K kv heads, G = N / K, H head size, P pages, t tokens of 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +26,7 @@ LOG2_E = math.log2(math.e)
 # Programs per multiprocessor that keep memory busy, and the most shares worth joining.
 PROGRAMS_PER_SM = 4
 MAX_SPLITS = 16
+# Fewer positions than this are not shared: joining would cost more.
 MIN_SHARE = 64
 
 
@@ -69,35 +71,27 @@ def _join(
 
 
 @triton.jit
-def _decode(
-    q_ptr, kv_ptr, table_ptr, lens_ptr, out_ptr, part_ptr, stats_ptr, counters_ptr,
-    q_stride_r, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,
-    out_stride_r, out_stride_n, scale_log2, cap_log2, window,
-    N: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-    HAS_CAP: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start_next(PDL)
-    wait_for_previous(PDL)
-    length = tl.load(lens_ptr + row).to(tl.int32)
+def bounds_of(length, split, window, SPLITS: tl.constexpr, SHORTEST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the positions [low, high) of a share, and how many shares are not empty: one at least."""
     first = 0
     if window > 0:
         first = tl.maximum(0, length - window)
-    share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    share = tl.cdiv(tl.maximum(tl.cdiv(length - first, SPLITS), SHORTEST), BLOCK_N) * BLOCK_N
     low = first + split * share
-    high = tl.minimum(length, low + share)
-    g, h, n = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
-    heads = kv_head * GROUP + g
-    is_head = (g[:, None] < GROUP) & (h[None, :] < HEAD)
-    if (split > 0) & (low >= high):
-        return
-    q = tl.load(q_ptr + row * q_stride_r + heads[:, None] * q_stride_n + h[None, :], mask=is_head, other=0.0)
+    return low, tl.minimum(length, low + share), tl.maximum(tl.cdiv(length - first, share), 1)
+
+
+@triton.jit
+def attend_share(
+    q, kv_base, table_base, low, high, page_stride, v_offset, token_stride, scale_log2, cap_log2,
+    HEAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr, IS_EXACT: tl.constexpr,
+):  # fmt: skip
+    """Return the weighted sum of values over [low, high), the largest score and the sum of weights."""
+    h, n = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_N)
     best = tl.full((BLOCK_G,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_H), tl.float32)
-    kv_base = kv_ptr + kv_head * head_stride
-    table_base = table_ptr + row.to(tl.int64) * table_stride
     for at in range(low, high, BLOCK_N):
         position = at + n
         is_seen = position < high
@@ -122,26 +116,69 @@ def _decode(
         else:
             acc += tl.dot(weights.to(v.dtype), v)
         best = larger
-    if SPLITS == 1:
+    return acc, best, total
+
+
+@triton.jit
+def finish_share(
+    acc, best, total, out_ptr, part_ptr, stats_ptr, counters_ptr, row, kv_head, split, used, out_stride_n,
+    N: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Write the output of a row and kv head, or this share of it; whoever comes last joins the shares."""
+    g, h = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
+    heads = kv_head * GROUP + g
+    is_head = (g[:, None] < GROUP) & (h[None, :] < HEAD)
+    if used == 1:
         out = acc / tl.maximum(total, 1e-30)[:, None]
-        at_out = out_ptr + row * out_stride_r + heads[:, None] * out_stride_n + h[None, :]
+        at_out = out_ptr + heads[:, None] * out_stride_n + h[None, :]
         tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=is_head)
-    else:
+    elif SPLITS > 1:
         line = (row * SPLITS + split) * N + heads
         tl.store(part_ptr + line[:, None] * HEAD + h[None, :], acc, mask=is_head)
         tl.store(stats_ptr + line * 2, best, mask=g < GROUP)
         tl.store(stats_ptr + line * 2 + 1, total, mask=g < GROUP)
-        # All lanes have stored before one of them says so; whoever comes last joins the shares.
+        # All lanes have stored before one of them says so.
         tl.debug_barrier()
         counter = counters_ptr + row * (N // GROUP) + kv_head
-        # The first share always runs, so that an empty row has one.
-        used = tl.maximum(tl.cdiv(length - first, tl.maximum(share, 1)), 1)
         if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
             _join(
-                part_ptr, stats_ptr, out_ptr + row * out_stride_r, out_stride_n, row * SPLITS, heads, used,
-                g, h, N, GROUP, HEAD, SPLITS, BLOCK_G, BLOCK_H, BLOCK_S,
+                part_ptr, stats_ptr, out_ptr, out_stride_n, row * SPLITS, heads, used, g, h,
+                N, GROUP, HEAD, SPLITS, BLOCK_G, BLOCK_H, BLOCK_S,
             )  # fmt: skip
             tl.store(counter, 0)
+
+
+@triton.jit
+def _decode(
+    q_ptr, kv_ptr, table_ptr, lens_ptr, out_ptr, part_ptr, stats_ptr, counters_ptr,
+    q_stride_r, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,
+    out_stride_r, out_stride_n, scale_log2, cap_log2, window,
+    N: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
+    SHORTEST: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr, HAS_CAP: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start_next(PDL)
+    wait_for_previous(PDL)
+    length = tl.load(lens_ptr + row).to(tl.int32)
+    low, high, used = bounds_of(length, split, window, SPLITS, SHORTEST, BLOCK_N)
+    # The first share always runs, so that an empty row has one.
+    if (split > 0) & (low >= high):
+        return
+    g, h = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
+    heads = kv_head * GROUP + g
+    is_head = (g[:, None] < GROUP) & (h[None, :] < HEAD)
+    q = tl.load(q_ptr + row * q_stride_r + heads[:, None] * q_stride_n + h[None, :], mask=is_head, other=0.0)
+    acc, best, total = attend_share(
+        q, kv_ptr + kv_head * head_stride, table_ptr + row.to(tl.int64) * table_stride, low, high,
+        page_stride, v_offset, token_stride, scale_log2, cap_log2,
+        HEAD, PAGE, BLOCK_G, BLOCK_N, BLOCK_H, HAS_CAP, IS_EXACT,
+    )  # fmt: skip
+    finish_share(
+        acc, best, total, out_ptr + row * out_stride_r, part_ptr, stats_ptr, counters_ptr, row, kv_head,
+        split, used, out_stride_n, N, GROUP, HEAD, SPLITS, BLOCK_G, BLOCK_H, BLOCK_S,
+    )  # fmt: skip
 
 
 def choose_splits(num_programs: int, max_len: int, *, sms: int) -> int:
@@ -167,25 +204,45 @@ def paged_decode(
     _, _, page_tokens, kv_heads, _ = kv_P2tKH.shape
     if rows == 0:
         return
-    bound = min(max_len, window) if window else max_len
-    splits = choose_splits(rows * kv_heads, bound, sms=sms_of(q_RNH))
-    part = stats = out_RNH
-    if splits > 1:
-        assert rows * kv_heads <= len(counters), "a counter for each row and kv head"
-        part = torch.empty(rows * splits * heads, size, dtype=torch.float32, device=q_RNH.device)
-        stats = torch.empty(rows * splits * heads, 2, dtype=torch.float32, device=q_RNH.device)
-    is_exact = q_RNH.dtype == torch.float32
-    block_h = max(16, triton.next_power_of_2(size))
-    block_n = 32 if is_exact or block_h > 128 else 64
-    options = launch_options(q_RNH)
-    group = heads // kv_heads
-    _decode[(rows, kv_heads, splits)](
+    shape = shape_of(q_RNH, kv_P2tKH, rows, heads, max_len, window)
+    part, stats = make_parts(out_RNH, kv_heads, shape, counters)
+    _decode[(rows, kv_heads, shape["SPLITS"])](
         q_RNH, kv_P2tKH, table_RC, seq_lens_R, out_RNH, part, stats, counters,
         q_RNH.stride(0), q_RNH.stride(1), kv_P2tKH.stride(0), kv_P2tKH.stride(1), kv_P2tKH.stride(2),
         kv_P2tKH.stride(3), table_RC.stride(0), out_RNH.stride(0), out_RNH.stride(1),
         scale * LOG2_E, softcap * LOG2_E if softcap else 1.0, window,
-        N=heads, GROUP=group, HEAD=size, PAGE=page_tokens, SPLITS=splits,
-        BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=block_n, BLOCK_H=block_h,
-        BLOCK_S=triton.next_power_of_2(splits), HAS_CAP=softcap > 0, IS_EXACT=is_exact,
-        num_warps=4, num_stages=2 if is_exact else 3, **options,
+        N=heads, HEAD=size, PAGE=page_tokens, HAS_CAP=softcap > 0, **shape, **launch_options(q_RNH),
     )  # fmt: skip
+
+
+def shape_of(x: Tensor, kv_P2tKH: Tensor, rows: int, heads: int, max_len: int, window: int) -> dict[str, Any]:
+    """Return how a step of `rows` rows is cut, and how its programs run: keyword arguments of a launch."""
+    kv_heads, size = kv_P2tKH.shape[3:]
+    splits = choose_splits(rows * kv_heads, min(max_len, window) if window else max_len, sms=sms_of(x))
+    is_exact = x.dtype == torch.float32
+    block_h = max(16, triton.next_power_of_2(size))
+    return {
+        "GROUP": heads // kv_heads,
+        "SPLITS": splits,
+        "SHORTEST": MIN_SHARE,
+        "BLOCK_G": max(16, triton.next_power_of_2(heads // kv_heads)),
+        "BLOCK_N": 32 if is_exact or block_h > 128 else 64,
+        "BLOCK_H": block_h,
+        "BLOCK_S": triton.next_power_of_2(splits),
+        "IS_EXACT": is_exact,
+        "num_warps": 4,
+        "num_stages": 2 if is_exact else 3,
+    }
+
+
+def make_parts(
+    out_RNH: Tensor, kv_heads: int, shape: dict[str, Any], counters: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return memory for the shares: their sums of values, and their maxima and sums of weights."""
+    rows, heads, size = out_RNH.shape
+    if shape["SPLITS"] == 1:
+        return out_RNH, out_RNH
+    assert rows * kv_heads <= len(counters), "a counter for each row and kv head"
+    lines, device = rows * shape["SPLITS"] * heads, out_RNH.device
+    part = torch.empty(lines, size, dtype=torch.float32, device=device)
+    return part, torch.empty(lines, 2, dtype=torch.float32, device=device)
