@@ -24,6 +24,7 @@ from slipstream.serve import worker_counts
 from slipstream.serve.metrics import PREFIX, ServeMetrics, add_routes
 from slipstream.serve.worker_counts import CountsFolder, WorkerCounts
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = ("served", "also-served")
 STATS = {
     "num_running": 3,
@@ -270,6 +271,19 @@ def test_names_from_other_engines_lead_to_ours() -> None:
     for row in rows:
         name = row.ours.removeprefix(PREFIX)
         assert row.ours.startswith(PREFIX) and (name in ours or row.ours in families), row.name
+
+
+def test_the_documentation_has_every_metric_as_it_is() -> None:
+    metrics = ServeMetrics(FakeContext(service=fake_service()))  # type: ignore[arg-type]
+    metrics.count_http({"method": "GET"}, 404)
+    expected = []
+    for family in metrics.families():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+        shown = ", ".join(f"`{label}`" for label in labels)
+        expected.append(f"| `{name}` | {family.type} | {shown} | {family.documentation} |")
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith(f"| `{PREFIX}")] == expected
 
 
 def test_two_applications_do_not_meet() -> None:
