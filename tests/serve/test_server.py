@@ -169,8 +169,8 @@ def test_r47_a_stop_lets_streams_end_and_refuses_new_work(folder: Path) -> None:
     with running(folder, drain_timeout_s=DEADLINE_S) as run:
         run.wait_ready()
         texts: list[str] = []
-        expected = run.complete(max_tokens=600).json()["choices"][0]["text"]
-        body = {"model": MODEL, "prompt": "ba de", "max_tokens": 600, "temperature": 0, "ignore_eos": True}
+        expected = run.complete(max_tokens=300).json()["choices"][0]["text"]
+        body = {"model": MODEL, "prompt": "ba de", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
         is_streaming = threading.Semaphore(0)
 
         def read() -> None:
