@@ -22,6 +22,7 @@ from slipstream.engine.pooling import check_pooling, hidden_states_only, pool
 from slipstream.engine.progress import generating_bar, loading_bar
 from slipstream.engine.prompts import Encoded, Message, Prompt, split_prompts, spread_params
 from slipstream.engine.service import EngineService, local_service
+from slipstream.engine.step_records import EngineTrace
 from slipstream.text.base import Tokenizer
 
 
@@ -66,6 +67,13 @@ class LLM:
     async def get_stats_async(self) -> dict[str, Any]:
         """Return the same as `get_stats` without blocking the event loop."""
         return await asyncio.wrap_future(self._service.stats())
+
+    def get_trace(self) -> EngineTrace:
+        """Return what the engine's last steps and their requests did, oldest first, as plain records.
+
+        `slipstream.trace.page` draws them. What there is room for is bounded; the oldest goes first.
+        """
+        return self._service.command("trace").result()
 
     def get_kv_cache_events(self) -> list[dict[str, Any]]:
         """Return what the KV cache stored and removed since the last call, oldest first."""
@@ -375,6 +383,9 @@ class AsyncLLM:
 
     async def get_stats(self) -> dict[str, Any]:
         return await self.llm.get_stats_async()
+
+    async def get_trace(self) -> EngineTrace:
+        return await asyncio.wrap_future(self.llm._service.command("trace"))
 
     async def get_kv_cache_events(self) -> list[dict[str, Any]]:
         return await self.llm.get_kv_cache_events_async()

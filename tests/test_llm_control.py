@@ -81,6 +81,18 @@ def test_stats_tell_hits_and_reasons(llm: LLM) -> None:
         llm.reset_prefix_cache()
 
 
+def test_a_trace_tells_what_requests_went_through(llm: LLM) -> None:
+    prompts = [[7, 8, 9], [10, 11]]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+    trace = llm.get_trace()
+    for output in outputs:
+        kinds = [event.kind for event in trace.events if event.request_id == output.request_id]
+        assert kinds == ["queued", "admitted", "chunk", "first_token", "finished"]
+        assert output.metrics is not None and output.metrics.num_output_tokens == 3
+        assert output.metrics.queue_s is not None and output.metrics.prefill_s is not None
+    assert trace.steps[-1].committed_s > trace.steps[-1].planned_s > 0
+
+
 def test_reset_prefix_cache_forgets(llm: LLM, expected: list[list[list[int]]]) -> None:
     params = SamplingParams(max_tokens=1)
     assert llm.generate(PROMPTS[0], params).num_cached_tokens == 0

@@ -16,6 +16,7 @@ from slipstream.cli.console import note, show_start
 from slipstream.cli.engine_import import import_llm
 from slipstream.cli.options import EngineOptions, spread, text_option, tokens_option
 from slipstream.cli.sizes import parse_counts
+from slipstream.cli.trace import write_page
 
 if TYPE_CHECKING:
     from slipstream.bench.measure import Load
@@ -53,6 +54,9 @@ class WorkloadOptions:
     profile: Annotated[
         Path | None,
         text_option("FILE.json", "Run once more under a profiler: a trace for Perfetto, and a table."),
+    ] = None
+    trace: Annotated[
+        Path | None, text_option("FILE.html", "Draw what the engine's steps and requests did, as one page.")
     ] = None
 
     def to_workload(self, kind: str) -> Workload:
@@ -101,7 +105,7 @@ class BenchJob:
         from slipstream.bench.peak_memory import peak_memory_bytes
         from slipstream.bench.report import engine_facts, require_writable, show_table, summarize, write_json
 
-        for path in (self.options.json, self.options.profile):
+        for path in (self.options.json, self.options.profile, self.options.trace):
             if path is not None:
                 require_writable(path)
         results = []
@@ -122,6 +126,8 @@ class BenchJob:
                 results.append(summarize(name, facts, requests, runs, peak_memory_bytes=peak))
             if self.options.json is not None:
                 write_json(self.options.json, results, device=llm.startup.resolved.device)
+            if self.options.trace is not None:
+                write_page(self.options.trace, llm.get_trace(), model=Path(self.model).name)
         show_table(results)
         if self.options.profile is not None:
             self._profile(self.options.profile, requests)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from slipstream.cli.console import note
 from slipstream.cli.options import text_option
 from slipstream.core import env
 from slipstream.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slipstream.engine.step_records import EngineTrace
 
 DEFAULT_PAGE = Path("trace.html")
 
@@ -45,6 +48,14 @@ class TraceJob:
             f"{len(timeline.lanes)} requests and {len(timeline.steps)} steps in {timeline.duration_s:.2f} s, "
             f"written to {', '.join(str(path) for path in (output, self.perfetto, self.save) if path)}"
         )
+
+
+def write_page(path: Path, trace: EngineTrace, *, model: str) -> None:
+    """Draw a trace of this process. Raises ConfigError where the file cannot be written."""
+    from slipstream.trace.page import to_html
+    from slipstream.trace.timeline import timeline_of
+
+    _write(path, to_html(timeline_of(trace, model=model)).encode("utf-8"))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ import pytest
 from slipstream.cli.main import run_command
 from slipstream.cli.trace import trace
 from slipstream.trace.reading import encode_trace, read_trace
+from tests.cli.conftest import Slipstream
 from tests.trace.samples import by_hand
 
 
@@ -69,3 +70,18 @@ def test_the_key_comes_from_the_environment_unless_given(monkeypatch: pytest.Mon
     monkeypatch.setenv("SLIPSTREAM_API_KEY", "from-environment")
     assert trace("http://x").api_key == "from-environment"
     assert trace("http://x", api_key="given").api_key == "given"
+
+
+def test_a_bench_draws_what_its_engine_did(slipstream: Slipstream, tiny_path: str, tmp_path: Path) -> None:
+    path = tmp_path / "bench.html"
+    small = ("--isl", 6, "--osl", 4, "--num-requests", 3, "--runs", 2)
+    finished = slipstream("bench", "throughput", tiny_path, *small, "--trace", path)
+    assert finished.code == 0, finished.err
+    page = path.read_text(encoding="utf-8")
+    data = json.loads(page.split('id="data">', 1)[1].split("</script>", 1)[0])
+    # Two runs of three requests, and what warms up before them.
+    whole = [lane for lane in data["lanes"] if lane["num_output_tokens"] == 4]
+    assert len(whole) >= 6 and all(lane["outcome"] == "length" for lane in whole)
+    assert data["model"] == Path(tiny_path).name and tiny_path not in page
+    finished = slipstream("bench", "throughput", tiny_path, *small, "--trace", tmp_path / "no" / "x.html")
+    assert finished.code == 1 and "x.html" in finished.err
