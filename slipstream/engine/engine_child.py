@@ -78,6 +78,7 @@ def warm_up(client: InProcessClient, info: EngineInfo) -> None:
                 scheduler = client.engine.scheduler
                 scheduler.cache.reset_prefix_cache()
                 scheduler.stats = SchedulerStats()
+                scheduler.records.clear()
                 client.num_steps = 0
                 return
     raise RuntimeError("the engine generates no token")
@@ -168,9 +169,12 @@ class Parent:
     def _listen(self) -> None:
         for line in iter(self._orders.readline, b""):
             word, server = line.strip(), self._server
-            if server is not None and word == b"drain":
+            if server is None:
+                # What loads is not worth waiting for.
+                os._exit(1)
+            if word == b"drain":
                 server.drain()
-            elif server is not None and word == b"stop":
+            elif word == b"stop":
                 server.stop()
         # Nobody is left to serve, and nobody to tell.
         os._exit(1)

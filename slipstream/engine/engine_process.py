@@ -177,8 +177,9 @@ class EngineProcess:
         finally:
             child.kill()
             child.wait()
-            if self._liveness is not None:
-                self._liveness.close()
+            liveness, self._liveness = self._liveness, None
+            if liveness is not None:
+                liveness.close()
             for pipe in (child.stdin, child.stdout):
                 with contextlib.suppress(OSError):
                     if pipe is not None:

@@ -27,8 +27,9 @@ from slipstream.engine.engine_info import EngineInfo
 from slipstream.engine.health import Health
 from slipstream.engine.liveness import Liveness, LivenessLimits
 from slipstream.engine.open_requests import OpenRequests
-from slipstream.engine.request_message import message_of
+from slipstream.engine.request_message import RequestMessage, message_of
 from slipstream.engine.sockets import Endpoint, connect_requests, load_zmq
+from slipstream.engine.step_records import EngineTrace
 from slipstream.engine.wire import (
     Abort,
     Ask,
@@ -53,6 +54,9 @@ from slipstream.engine.wire import (
 LOOK_S = 0.25
 CONNECT_S = 10.0
 RECONNECT_S = 0.5
+# A token id takes at most five bytes; lists beside the prompt are allowed for, as far as they are usual.
+MAX_TOKENS_PER_FRAME = 1_000_000
+IDS_BESIDE_PROMPT = 200
 
 
 class ProcessClient:
@@ -102,7 +106,7 @@ class ProcessClient:
             self._check_open()
             for request in requests:
                 self._open.add(request)
-            self._outbox.append(Submit(messages))
+            self._outbox += submissions(messages)
         self._wake()
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -202,7 +206,7 @@ class ProcessClient:
         if reply.error is not None:
             future.set_exception(error_from(reply.error))
         else:
-            future.set_result(decode_value(name, reply.value))
+            future.set_result(own_value(decode_value(name, reply.value)))
 
     def _flush(self, connection: Connection) -> None:
         while self._outbox:
@@ -282,6 +286,28 @@ class ProcessClient:
     def _release(self) -> None:
         self._waker.close()
         self._wakeful.close()
+
+
+def submissions(messages: Sequence[RequestMessage]) -> list[Submit]:
+    """Put requests into messages that stay far below the largest frame; one alone always does."""
+    batches: list[list[RequestMessage]] = [[]]
+    num_tokens = 0
+    for message in messages:
+        size = len(message.prompt_token_ids) + IDS_BESIDE_PROMPT
+        if num_tokens + size > MAX_TOKENS_PER_FRAME and batches[-1]:
+            batches.append([])
+            num_tokens = 0
+        batches[-1].append(message)
+        num_tokens += size
+    return [Submit(batch) for batch in batches if batch]
+
+
+def own_value(value: Any) -> Any:
+    """Return what a command returned with the request ids that doors gave: a trace is of all of them."""
+    if isinstance(value, EngineTrace):
+        for event in value.events:
+            event.request_id = event.request_id.partition(".")[2]
+    return value
 
 
 class Connection:

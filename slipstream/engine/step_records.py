@@ -113,6 +113,12 @@ class StepRecords:
         )
         self._num_events += 1
 
+    def clear(self) -> None:
+        """Forget everything, as if nothing had run."""
+        self._steps.clear()
+        self._events.clear()
+        self._num_steps = self._num_events = 0
+
     def trace(self, *, num_pages: int) -> EngineTrace:
         """Copy the ring out, events in the order of their times."""
         return EngineTrace(
