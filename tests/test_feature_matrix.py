@@ -211,7 +211,7 @@ ENGINE_OPTIONS = [
 
 # What need not be served yet. Once it is, it is held to everything else here, and leaves this set.
 MAY_BE_REFUSED = {
-    *("guided_decoding", "batch_invariant", "tensor_parallel_size"),
+    *("guided_decoding", "tensor_parallel_size"),
     *("speculative_config", "quant_config", "enable_lora", "dynamic_batch_config"),
     *("dtype", "host_cache_size", "max_attention_window", "copy_on_partial_reuse"),
 }

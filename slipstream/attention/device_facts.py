@@ -8,7 +8,9 @@ from slipstream.attention.registry import DeviceFacts
 from slipstream.kernels.registration import has_triton
 
 
-def facts_of(device: torch.device, *, kv_dtype: str, native_obstacle: str) -> DeviceFacts:
+def facts_of(
+    device: torch.device, *, kv_dtype: str, native_obstacle: str, is_batch_invariant: bool = False
+) -> DeviceFacts:
     """Look at a device; `native_obstacle` says why the CPU kernels cannot be had, "" where they can."""
     sm = 0
     if device.type == "cuda":
@@ -20,4 +22,5 @@ def facts_of(device: torch.device, *, kv_dtype: str, native_obstacle: str) -> De
         has_triton=has_triton(),
         dtype=kv_dtype,
         native_obstacle=native_obstacle,
+        is_batch_invariant=is_batch_invariant,
     )

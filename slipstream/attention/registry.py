@@ -19,12 +19,13 @@ BACKENDS = Registry(
     {
         "torch": "slipstream.attention.torch_reference:TorchReference",
         "triton": "slipstream.attention.triton:TritonAttention",
+        "triton_invariant": "slipstream.attention.triton_invariant:TritonInvariant",
         "cpu": "slipstream.attention.cpu:CpuPaged",
     },
 )
 
 # Best first; `auto` takes the first one that serves the device and every group.
-PREFERENCE = ("triton", "cpu", "torch")
+PREFERENCE = ("triton", "triton_invariant", "cpu", "torch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,8 @@ class DeviceFacts:
     """What the choice depends on beside the model. `sm` is the compute capability x 10, 0 where unknown.
 
     `dtype` is the type of keys and values, "" where it does not matter. `native_obstacle` says why the CPU
-    kernels cannot be had, "" where they can.
+    kernels cannot be had, "" where they can. `is_batch_invariant` says that results must not depend on the
+    batch.
     """
 
     device: str
@@ -40,6 +42,7 @@ class DeviceFacts:
     has_triton: bool = True
     dtype: str = ""
     native_obstacle: str = ""
+    is_batch_invariant: bool = False
 
     @property
     def kind(self) -> str:
@@ -105,6 +108,8 @@ def find_obstacle(
         return f"the CPU kernels cannot be had: {facts.native_obstacle}"
     if facts.dtype and facts.dtype not in capability.kv_dtypes:
         return f"it serves keys and values of {', '.join(sorted(capability.kv_dtypes))}, not {facts.dtype}"
+    if facts.is_batch_invariant and not capability.batch_invariant:
+        return "batch_invariant=True is set, and its results depend on what else is in a step"
     for group in groups:
         obstacle = _group_obstacle(capability, group)
         if obstacle:

@@ -37,10 +37,11 @@ from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine import Engine
 from slipstream.engine.faults import describe_fault
 from slipstream.engine.graph_config import num_graphs
+from slipstream.engine.invariance import require_invariance
 from slipstream.engine.kernel_choice import kernel_lines, load_plugins
 from slipstream.engine.ledger import DeviceMemory, Ledger, memory_of, tensor_bytes
-from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, fit_capacity, resolve
 from slipstream.engine.pacing import Pacing
+from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, fit_capacity, resolve
 from slipstream.engine.runner import Runner
 from slipstream.engine.scheduler import Scheduler
 from slipstream.engine.warm_up import NUM_PAGES, Measured, StepBounds, measure_worst_case
@@ -131,10 +132,17 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
             block_tokens=resolved.kv_cache.tokens_per_block,
             element_bytes=getattr(torch, resolved.kv_dtype).itemsize,
         )
-        seen = facts_of(device, kv_dtype=resolved.kv_dtype, native_obstacle=native_obstacle)
+        seen = facts_of(
+            device,
+            kv_dtype=resolved.kv_dtype,
+            native_obstacle=native_obstacle,
+            is_batch_invariant=resolved.batch_invariant,
+        )
         backend, why = choose_backend(resolved.attn_backend, seen, groups)
         with clock.phase("weights"):
             load_weights(model, checkpoint, progress=_weights_progress(progress))
+        if resolved.batch_invariant:
+            require_invariance(model, backend, device, resolved.dtype)
         with clock.phase("wait for the tokenizer"):
             tokenizer = reading.result()
         eos = _eos_token_ids(tokenizer, checkpoint)
@@ -232,6 +240,7 @@ def _build_engine(
         enable_chunked_prefill=resolved.enable_chunked_prefill,
         policy=resolved.capacity_policy,
         chunking_policy=resolved.chunking_policy,
+        pacing=_pacing(resolved),
     )
     with clock.phase("pool"):
         runner = make_runner(capacity.num_pages, max_seq_len)
@@ -240,7 +249,6 @@ def _build_engine(
     ledger = Ledger(**entries, kv_bytes=capacity.pool_bytes)
     runner.describe_fault = functools.partial(describe_fault, ledger=ledger)
     return Engine(scheduler, runner, depth=resolved.depth), capacity, limits, ledger
-        pacing=_pacing(resolved),
 
 
 def _measure(
@@ -304,14 +312,6 @@ def require_room_for_weights(
         )
 
 
-def _graph_sizes(
-    config: EngineConfig, resolved: ResolvedConfig, backend: AttentionBackend
-) -> tuple[int, ...]:
-    """Return the step sizes to capture. Raises ConfigError where they were asked for and cannot be."""
-    if backend.capability.graph:
-        return resolved.graph_sizes
-    if config.cuda_graph_config is not None:
-        raise ConfigError(
 def _pacing(resolved: ResolvedConfig) -> Pacing | None:
     """Return what keeps prompts from stalling streams, where that is asked for."""
     if resolved.max_decode_stretch is None:
@@ -321,6 +321,14 @@ def _pacing(resolved: ResolvedConfig) -> Pacing | None:
     return Pacing(max_decode_stretch=resolved.max_decode_stretch, min_chunk=min_chunk)
 
 
+def _graph_sizes(
+    config: EngineConfig, resolved: ResolvedConfig, backend: AttentionBackend
+) -> tuple[int, ...]:
+    """Return the step sizes to capture. Raises ConfigError where they were asked for and cannot be."""
+    if backend.capability.graph:
+        return resolved.graph_sizes
+    if config.cuda_graph_config is not None:
+        raise ConfigError(
             f"cuda_graph_config is set, and the steps of {type(backend).__name__} cannot be captured; leave "
             "it unset, or attn_backend='auto'."
         )

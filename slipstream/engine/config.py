@@ -41,6 +41,9 @@ class ContextChunkingPolicy(enum.Enum):
     EQUAL_PROGRESS = "EQUAL_PROGRESS"
 
 
+MAX_DECODE_STRETCH = 1000.0
+
+
 @options()
 class SchedulerConfig:
     """Policies of the scheduler, as members of their enum or by name.
@@ -55,10 +58,10 @@ class SchedulerConfig:
     context_chunking_policy: ContextChunkingPolicy | str = ContextChunkingPolicy.FIRST_COME_FIRST_SERVED
     waiting_queue_policy: str = "fcfs"
     dynamic_batch_config: Any = None
+    max_decode_stretch: float | None = None
 
     @property
     def chunking_policy(self) -> str:
-    max_decode_stretch: float | None = None
         return _policy_name(self, "context_chunking_policy", ContextChunkingPolicy)
 
     @property
@@ -75,9 +78,6 @@ class SchedulerConfig:
             )
         if self.dynamic_batch_config is not None:
             raise UnsupportedError("SchedulerConfig(dynamic_batch_config=...) is not served; leave it unset.")
-
-
-def _policy_name(config: SchedulerConfig, name: str, kind: type[enum.Enum]) -> str:
         check_types(self)
         stretch = self.max_decode_stretch
         if stretch is not None and not 1.0 < stretch <= MAX_DECODE_STRETCH:
@@ -85,6 +85,9 @@ def _policy_name(config: SchedulerConfig, name: str, kind: type[enum.Enum]) -> s
                 f"SchedulerConfig(max_decode_stretch={stretch!r}) must be above 1 and at most "
                 f"{MAX_DECODE_STRETCH:g}, or None for no bound."
             )
+
+
+def _policy_name(config: SchedulerConfig, name: str, kind: type[enum.Enum]) -> str:
     """Return the name of a policy, given as a member or by name; refuse an unknown one."""
     value = getattr(config, name)
     label = value.value if isinstance(value, kind) else value
@@ -170,14 +173,14 @@ class EngineConfig:
                 "context_chunking_policy=EQUAL_PROGRESS shares a step among chunks of prompts, and "
                 "enable_chunked_prefill=False makes none; leave one of the two out."
             )
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed} must be from 0 to 2**63 - 1, or None for fresh randomness.")
-        if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:
         if scheduling.max_decode_stretch is not None and not self.enable_chunked_prefill:
             raise ConfigError(
                 "max_decode_stretch bounds the chunks of prompts, and enable_chunked_prefill=False makes "
                 "none; leave one of the two out."
             )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must be from 0 to 2**63 - 1, or None for fresh randomness.")
+        if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1].")
 
 
@@ -194,7 +197,6 @@ _NOT_SERVED = {
     "enable_lora": "merge the adapter into the checkpoint",
     "lora_config": "merge the adapter into the checkpoint",
     "guided_decoding_backend": "leave it unset",
-    "batch_invariant": "leave it off; float32 greedy tokens do not depend on the batch anyway",
 }
 _CHOICES = {
     "tokenizer_mode": ("auto",),

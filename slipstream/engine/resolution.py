@@ -13,9 +13,12 @@ from slipstream.core.errors import ConfigError, OutOfMemoryError, UnsupportedErr
 from slipstream.core.limits import MAX_BEAM_WIDTH
 from slipstream.engine.config import EngineConfig, SchedulerConfig
 from slipstream.engine.graph_config import CudaGraphConfig
+from slipstream.quant.registry import SCHEMES
 
 MIN_SEQ_LEN = 2
 UNQUANTIZED = "unquantized"
+# What keeps a token's bits whatever the batch, on a CPU and on a GPU.
+INVARIANT = {"cpu": "float32", "cuda": "fixed_tiles"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +47,11 @@ class ResolvedConfig:
     max_beam_width: int
     capacity_policy: str
     chunking_policy: str
+    max_decode_stretch: float | None
     kv_cache: KvCacheConfig
     attn_backend: str
     gpu_memory_utilization: float | None
-    max_decode_stretch: float | None
+    batch_invariant: bool
     graph_sizes: tuple[int, ...]
     has_graph_padding: bool
     seed: int | None
@@ -102,11 +106,12 @@ def resolve(
         max_beam_width=_max_beam_width(config, max_batch_size),
         capacity_policy=(config.scheduler_config or SchedulerConfig()).capacity_policy,
         chunking_policy=(config.scheduler_config or SchedulerConfig()).chunking_policy,
+        max_decode_stretch=(config.scheduler_config or SchedulerConfig()).max_decode_stretch,
         kv_cache=config.kv_cache_config or KvCacheConfig(),
         attn_backend=config.attn_backend,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        batch_invariant=config.batch_invariant,
         graph_sizes=_graph_sizes(config, device, max_batch_size),
-        max_decode_stretch=(config.scheduler_config or SchedulerConfig()).max_decode_stretch,
         has_graph_padding=(config.cuda_graph_config or CudaGraphConfig()).enable_padding,
         seed=config.seed,
         reasons=reasons,
@@ -158,6 +163,10 @@ def _quantization(
 ) -> str:
     """Return a row of quant.registry.SCHEMES."""
     asked = config.quant_config
+    if config.batch_invariant and (asked is None or asked == INVARIANT[device]):
+        return _invariant_quantization(config, facts, device, native_obstacle, reasons)
+    if asked is not None and device not in SCHEMES.get(asked).capability.devices:
+        raise ConfigError(f"quantization={asked!r} does not run on {device!r}; leave it unset.")
     if asked not in (None, UNQUANTIZED):
         if device != "cpu":
             raise ConfigError(f"quantization={asked!r} runs on a CPU; leave it unset on {device!r}.")
@@ -180,6 +189,27 @@ def _quantization(
     return "gguf"
 
 
+def _invariant_quantization(
+    config: EngineConfig, facts: ModelFacts, device: str, native_obstacle: str, reasons: dict[str, str]
+) -> str:
+    """Return the scheme of `batch_invariant=True`. Raises ConfigError where there is none."""
+    if device != "cpu":
+        reasons["quantization"] = "products of one shape, for batch_invariant=True"
+        return INVARIANT[device]
+    if native_obstacle:
+        raise ConfigError(f"batch_invariant=True needs the CPU kernels: {native_obstacle}")
+    if config.dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"batch_invariant=True computes in float32 on a CPU; leave dtype='auto' instead of "
+            f"{config.dtype!r}."
+        )
+    if facts.is_quantized and config.dtype == "auto" and config.quant_config is None:
+        reasons["quantization"] = "the file's own types, int8 activations: the same bits in every batch"
+        return "gguf"
+    reasons["quantization"] = "float32 by our own kernels, for batch_invariant=True"
+    return INVARIANT[device]
+
+
 def _dtype(
     config: EngineConfig, facts: ModelFacts, device: str, quantization: str, reasons: dict[str, str]
 ) -> str:
@@ -196,7 +226,8 @@ def _dtype(
 def _kv_dtype(config: EngineConfig, device: str, dtype: str, quantization: str) -> str:
     asked = (config.kv_cache_config or KvCacheConfig()).dtype
     if asked == "auto":
-        return "float16" if device == "cpu" and quantization != UNQUANTIZED else dtype
+        is_narrow = device == "cpu" and quantization not in (UNQUANTIZED, INVARIANT["cpu"])
+        return "float16" if is_narrow else dtype
     if device != "cpu" and asked != dtype:
         raise UnsupportedError(
             f"KvCacheConfig(dtype={asked!r}) beside dtype={dtype!r} is served on a CPU only; leave it 'auto'."

@@ -24,13 +24,15 @@ class QuantCapability(Capability):
     """What a method needs. `group_size` is the number of inputs that share a scale, 0 where there is none.
 
     `native_blocks` says that a decoder block of such weights may run as one native call, `plain_weights` that
-    `weight` is the matrix itself, for kernels that read it.
+    `weight` is the matrix itself, for kernels that read it; `batch_invariant` promises that a token's bits
+    depend on nothing else in the step.
     """
 
     activation_dtypes: frozenset[str] = frozenset({"float32", "float16", "bfloat16"})
     group_size: int = 0
     native_blocks: bool = False
     plain_weights: bool = False
+    batch_invariant: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

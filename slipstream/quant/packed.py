@@ -26,6 +26,7 @@ class Packed:
         activation_dtypes=frozenset({"float32"}),
         group_size=32,
         native_blocks=True,
+        batch_invariant=True,
     )
 
     def __init__(self) -> None:

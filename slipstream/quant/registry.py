@@ -10,5 +10,7 @@ SCHEMES = Registry(
         "unquantized": "slipstream.quant.unquantized:Unquantized",
         "gguf": "slipstream.quant.gguf:Gguf",
         "int8": "slipstream.quant.int8:Int8",
+        "float32": "slipstream.quant.float32:Float32",
+        "fixed_tiles": "slipstream.quant.fixed_tiles:FixedTiles",
     },
 )

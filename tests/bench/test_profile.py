@@ -1,4 +1,4 @@
-"""Does a profile hold the steps' ops by name with the bytes that they move, and leave the engine as it was?"""
+"""Does a profile hold the steps' ops by name with the bytes they move, and leave the engine as it was?"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from slipstream.cli.models import find_obstacle, inventory
 from slipstream.core.capability import Capability
 from slipstream.core.registry import Registry
 from slipstream.models.registry import ARCHITECTURES, GGUF_NAMES
+from slipstream.quant.registry import SCHEMES
 from tests.cli.conftest import Slipstream
 
 
@@ -36,7 +37,7 @@ def test_json_says_the_same(slipstream: Slipstream) -> None:
         "usable": True,
         "reason": "",
     }
-    assert [row["name"] for row in found["quantization"]] == ["gguf", "int8", "unquantized"]
+    assert [row["name"] for row in found["quantization"]] == SCHEMES.names()
 
 
 @dataclasses.dataclass(frozen=True)
