@@ -1,4 +1,4 @@
-"""How are `/tokenize` and `/detokenize` answered? As generation sees it, in vLLM's shapes."""
+"""How do `/tokenize` and its kin answer? As generation sees it, in vLLM's shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slipstream.engine.service import EngineService
 from slipstream.serve.context import ServeContext
 from slipstream.serve.errors import JsonResponse
 from slipstream.serve.json_body import read_body
-from slipstream.serve.openapi import describe_body
+from slipstream.serve.openapi import describe_answer, describe_body
 from slipstream.serve.requests.chat import check_message_fields, check_template_kwargs
 from slipstream.serve.requests.tokenization import DetokenizeBody, TokenizeBody
 
@@ -35,9 +35,16 @@ def add_routes(app: FastAPI, context: ServeContext) -> None:
         context.check_model(body.model)
         return JsonResponse(await context.off_loop(to_text, body, service))
 
+    async def tokenizer_info() -> Response:
+        """Return what a client needs to know of the tokenizer: special tokens, size, chat template."""
+        return JsonResponse(facts(context.service))
+
     tags: dict[str, Any] = {"methods": ["POST"], "tags": ["tokens"]}
     app.add_api_route("/tokenize", tokenize, **tags, **describe_body(TokenizeBody))
     app.add_api_route("/detokenize", detokenize, **tags, **describe_body(DetokenizeBody))
+    app.add_api_route(
+        "/tokenizer_info", tokenizer_info, methods=["GET"], tags=["tokens"], **describe_answer(400, 503)
+    )
 
 
 def to_ids(body: TokenizeBody, service: EngineService, context: ServeContext) -> dict[str, Any]:
@@ -86,3 +93,14 @@ def to_text(body: DetokenizeBody, service: EngineService) -> dict[str, Any]:
     """Return what `/detokenize` answers. Raises RequestError."""
     ids = checked_ids(listed(body.tokens, "tokens", MAX_IDS, "the cap"), service.info.limits, "tokens")
     return {"prompt": service.prompts.tokenizer.decode(ids, skip_special_tokens=False)}
+
+
+def facts(service: EngineService) -> dict[str, Any]:
+    """Return what `/tokenizer_info` answers, special tokens by the names that templates use."""
+    tokenizer = service.prompts.tokenizer
+    return {
+        **tokenizer.special_tokens,
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": service.info.limits.max_seq_len,
+        "chat_template": tokenizer.chat_template,
+    }

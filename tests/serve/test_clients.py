@@ -182,8 +182,7 @@ def test_lm_eval_scores_choices_over_http(smol: RunningServer, tmp_path: Path) -
     ]
     data.write_text("\n".join(json.dumps(document) for document in documents))
     (tmp_path / "spelling.yaml").write_text(TASK.format(data=data))
-    arguments = f"model={MODEL},base_url={smol.url}/v1/completions,tokenizer_backend=None,num_concurrent=1"
-    arguments += ",tokenized_requests=False"
+    arguments = f"model={MODEL},base_url={smol.url}/v1/completions,tokenizer_backend=remote,num_concurrent=1"
     code = (
         "import sys; from lm_eval.__main__ import cli_evaluate; "
         f"sys.argv = ['lm_eval', '--model', 'local-completions', '--model_args', {arguments!r}, "

@@ -21,6 +21,12 @@ def test_special_tokens_show_in_a_text_and_are_read_in_a_raw_prompt(tiny: Runnin
     assert tiny.ok("/tokenize", prompt="<s>ba")["tokens"][0] == 1
 
 
+def test_the_tokenizer_is_described(tiny: RunningServer) -> None:
+    facts = tiny.client.get("/tokenizer_info").json()
+    assert facts["bos_token"] == "<s>" and facts["eos_token"] == "</s>" and facts["vocab_size"] == 320
+    assert "add_generation_prompt" in facts["chat_template"]
+
+
 def test_fields_of_messages_do_not_go_with_a_prompt(tiny: RunningServer) -> None:
     for field in ("add_generation_prompt", "continue_final_message"):
         assert tiny.refusal("/tokenize", prompt="ba", **{field: True})["param"] == field
