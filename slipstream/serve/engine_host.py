@@ -6,12 +6,12 @@ then ends too.
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from slipstream.core.errors import EngineError
-from slipstream.engine.assembly import read_tokenizer
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine_info import EngineInfo
 from slipstream.engine.engine_process import EngineProcess
@@ -107,6 +107,7 @@ class ChildHost:
 
     def start(self, progress: Progress) -> EngineService:
         self._progress = progress
+        preload()
         self._service = connect(self.group.start(), self._settings)
         return self._service
 
@@ -138,6 +139,7 @@ class ConnectedHost:
 
     def start(self, progress: Progress) -> EngineService:
         self._progress = progress
+        preload()
         self._told.wait()
         if not self._endpoints:
             raise EngineError("The server stopped while its engine was starting.")
@@ -155,6 +157,12 @@ class ConnectedHost:
             self._service.close()
 
 
+def preload() -> None:
+    """Import what reads tokenizers while an engine loads: it takes seconds, and nobody waits for it yet."""
+    module = "slipstream.engine.assembly"
+    threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
+
+
 def limits_of(settings: ServeSettings) -> LivenessLimits:
     return LivenessLimits(max_step_s=settings.max_step_s)
 
@@ -169,6 +177,8 @@ def connect(endpoints: Sequence[Endpoint], settings: ServeSettings) -> EngineSer
     try:
         for endpoint in endpoints:
             clients.append(ProcessClient(endpoint, awaits_restart=awaits_restart, limits=limits))
+        from slipstream.engine.assembly import read_tokenizer
+
         source = clients[0].info.tokenizer
         tokenizer = None if source is None else read_tokenizer(source.config())
     except BaseException:

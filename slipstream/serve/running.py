@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine_info import EngineInfo
-from slipstream.serve.engine_host import ChildHost, EngineHost, InProcessHost, Progress
 from slipstream.serve.listening import address_of, listen, raise_file_limit
-from slipstream.serve.server import ApiServer
 from slipstream.serve.settings import ServeSettings
 
+Progress = Callable[[str, float], None]
 OnListening = Callable[[str], None]
 OnReady = Callable[[str, EngineInfo], None]
 
@@ -57,6 +56,10 @@ def _run_one(
     on_progress: Progress | None,
     on_ready: Callable[[EngineInfo], None],
 ) -> int:
+    # After the socket is bound: these take a second.
+    from slipstream.serve.engine_host import ChildHost, EngineHost, InProcessHost
+    from slipstream.serve.server import ApiServer
+
     host: EngineHost = InProcessHost(config, settings) if settings.in_process else ChildHost(config, settings)
     server = ApiServer(
         settings,

@@ -78,8 +78,12 @@ class LiveServer:
 
     def wait_ready(self) -> LiveServer:
         self.wait_line(r"^serving ")
-        self._family = set(tree_of(self.process.pid))
+        self.remember()
         return self
+
+    def remember(self) -> None:
+        """Note which processes there are now, to look for them when they should be gone."""
+        self._family = set(tree_of(self.process.pid))
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=DEADLINE_S, **options)

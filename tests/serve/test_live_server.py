@@ -19,7 +19,8 @@ import pytest
 
 from tests.bench.tiny_checkpoint import write_checkpoint
 from tests.serve.live_server import ROOT, LiveServer, live, statuses, wait_until
-from tests.serve.oracle import DEADLINE_S, Oracle
+from tests.serve.oracle import DEADLINE_S, MAX_GROWTH_BYTES, MAX_POOL_THREADS, Oracle, Target
+from tests.serve.rough_clients import run_rough
 
 ENGINE, WORKER = "slipstream.engine.engine_child", "slipstream.serve.api_worker"
 KEY = "secret-of-a-client"
@@ -134,6 +135,7 @@ def start(*arguments: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_r79_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = start(tmp_path / "none", "--port", "0", "--device", "cpu")
     assert done.returncode == 1
@@ -142,25 +144,34 @@ def test_r79_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_r35_r38_a_killed_engine_ends_the_server_and_a_killed_server_its_engine(model: Path) -> None:
-    """Two servers, one fault each, side by side: starting takes longer than anything else here."""
-    with live(model, *LONG) as first, live(model, "--api-workers", "2") as second:
-        first.wait_ready()
+def test_r35_a_killed_engine_fails_what_runs_and_ends_the_server(model: Path) -> None:
+    with live(model, *LONG) as server:
+        server.wait_ready()
         ended: list[tuple[float, str]] = []
-        reader = stream_until_it_ends(first, ended)
+        reader = stream_until_it_ends(server, ended)
         killed = time.monotonic()
-        first.child(ENGINE).kill()
-        wait_until(lambda: statuses_of_dying(first) in (503, 0), timeout_s=FAULT_S)
+        server.child(ENGINE).kill()
+        wait_until(lambda: statuses_of_dying(server) in (503, 0), timeout_s=FAULT_S)
         reader.join(FAULT_S)
         assert ended and ended[0][0] - killed < FAULT_S, "what runs fails within seconds"
         assert "[DONE]" not in ended[0][1]
-        assert first.wait_end(timeout_s=4 * FAULT_S) == 1, "never limbo"
-        first.assert_nothing_left()
+        assert server.wait_end(timeout_s=4 * FAULT_S) == 1, "never limbo"
+        server.assert_nothing_left()
 
-        second.wait_ready()
-        assert second.get("/ready").status_code == 200
-        second.process.kill()
-        second.assert_nothing_left()
+
+def test_r38_a_server_that_is_killed_while_it_loads_takes_its_engine_along(model: Path) -> None:
+    with live(model) as server:
+        server.wait_line("listening at")
+        wait_until(lambda: ENGINE in commands_under(server.process.pid))
+        server.remember()
+        server.process.kill()
+        server.assert_nothing_left()
+
+
+def commands_under(pid: int) -> str:
+    return " ".join(
+        word for child in psutil.Process(pid).children(recursive=True) for word in child.cmdline()
+    )
 
 
 def statuses_of_dying(server: LiveServer) -> int:
@@ -168,6 +179,36 @@ def statuses_of_dying(server: LiveServer) -> int:
         return server.get("/health").status_code
     except httpx.HTTPError:
         return 0
+
+
+def soak(server: LiveServer, target: Target, *, seconds: float, rounds: int) -> None:
+    """Let rough clients come for some rounds; the footprint after each must not climb."""
+    oracle = Oracle(target)
+    prints = []
+    for number in range(rounds):
+        assert run_rough(target, seconds=seconds / rounds, seed=number) > 0
+        oracle.wait_idle()
+        with oracle.client() as client:
+            oracle.check_canary(client)
+        prints.append(oracle.footprint())
+    # What is made once (pools, arenas, caches) is there after the first round.
+    first, last = prints[0], prints[-1]
+    assert last.pids == first.pids and last.num_segments <= first.num_segments
+    wait_until(lambda: oracle.footprint().num_files <= first.num_files, what=f"{prints}")
+    assert last.num_threads <= first.num_threads + MAX_POOL_THREADS, prints
+    assert last.resident - first.resident < MAX_GROWTH_BYTES, prints
+
+
+def test_r77_a_short_day_with_rough_clients_leaves_nothing_behind(server: LiveServer) -> None:
+    soak(server, server.target(model="tiny", headers=headers()), seconds=9.0, rounds=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_r77_ten_minutes_with_rough_clients_have_no_slope(model: Path) -> None:
+    with live(model, *LONG) as server:
+        server.wait_ready()
+        soak(server, server.target(model="tiny"), seconds=600.0, rounds=10)
 
 
 def test_r47_sigterm_drains_and_exits_zero(server: LiveServer) -> None:
@@ -255,8 +296,9 @@ def test_r47_several_workers_drain_too(model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_r38_a_killed_api_process_takes_its_engine_along(model: Path) -> None:
-    with live(model) as server:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_r38_a_killed_server_takes_all_its_processes_along(model: Path, workers: str) -> None:
+    with live(model, "--api-workers", workers) as server:
         server.wait_ready()
         server.process.kill()
         server.assert_nothing_left()
