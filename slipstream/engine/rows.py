@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.core.plan import RequestInit, Span, StepPlan
-from slipstream.sampling.state import to_device
+from slipstream.core.plan import Span, StepPlan
 
 
 @dataclasses.dataclass(slots=True)
@@ -50,7 +49,7 @@ class Rows:
         self.block_table = torch.zeros(
             num_groups, max_rows, self._max_blocks, dtype=torch.int32, device=device
         )
-        self._flat_table = self.block_table.view(-1)
+        self._flat_tokens, self._flat_table = self.tokens.view(-1), self.block_table.view(-1)
         # Host mirror of how many blocks each row's table holds; it only says where the next ones go.
         self._num_blocks = np.zeros((num_groups, max_rows), dtype=np.int64)
         self._max_rows = max_rows
@@ -60,27 +59,44 @@ class Rows:
         indices: list[int] = []
         pages: list[int] = []
         for init in plan.added:
-            self._add(init)
             for group, blocks in enumerate(init.blocks):
                 self._num_blocks[group, init.row] = 0
                 self._place(group, init.row, blocks, indices, pages)
         for group, growth in plan.new_blocks.items():
             for row, blocks in growth:
                 self._place(group, row, blocks, indices, pages)
+        self._write([(init.row, 0, init.tokens) for init in plan.added], indices, pages)
+        # Behind what was added: they may be of one row.
+        self._write(plan.tokens, [], [])
+
+    def _write(
+        self, tokens: Sequence[tuple[int, int, Sequence[int]]], indices: Sequence[int], pages: Sequence[int]
+    ) -> None:
+        """Write tokens (row, start, ids), the lengths that follow, and entries of the tables: in one copy."""
+        if not tokens and not indices:
+            return
+        width = self.tokens.shape[1]
+        places = [
+            np.arange(row * width + start, row * width + start + len(ids)) for row, start, ids in tokens
+        ]
+        parts = [
+            np.concatenate(places) if places else [],
+            np.concatenate([np.asarray(ids, dtype=np.int64) for _, _, ids in tokens]) if tokens else [],
+            [row for row, _, _ in tokens],
+            [start + len(ids) for _, start, ids in tokens],
+            indices,
+            pages,
+        ]
+        ends = np.cumsum([len(part) for part in parts])
+        packed = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+        if self._device.type == "cuda":
+            packed = packed.pin_memory().to(self._device, non_blocking=True)
+        places_E, ids_E, rows_A, lengths_A, entries_B, pages_B = packed.tensor_split(ends[:-1].tolist())
+        if tokens:
+            self._flat_tokens.index_copy_(0, places_E, ids_E.to(torch.int32))
+            self.lengths.index_copy_(0, rows_A, lengths_A)
         if indices:
-            packed = to_device([indices, pages], torch.int64, self._device)
-            self._flat_table[packed[0]] = packed[1].to(torch.int32)
-        for row, start, ids in plan.tokens:
-            self._write(row, start, ids)
-            self.lengths[row].fill_(start + len(ids))
-
-    def _add(self, init: RequestInit) -> None:
-        self._write(init.row, 0, init.tokens)
-        # Filled, not assigned: assigning a number to an element waits for a GPU.
-        self.lengths[init.row].fill_(len(init.tokens))
-
-    def _write(self, row: int, start: int, ids: Sequence[int]) -> None:
-        self.tokens[row, start : start + len(ids)].copy_(to_device(list(ids), torch.int32, self._device))
+            self._flat_table.index_copy_(0, entries_B, pages_B.to(torch.int32))
 
     def _place(
         self, group: int, row: int, blocks: Sequence[int], indices: list[int], pages: list[int]

@@ -18,7 +18,9 @@ NO_SLOT = -1
 
 
 def to_device(
-    values: list[int] | list[float] | list[list[int]], dtype: torch.dtype, device: torch.device
+    values: list[int] | list[float] | list[list[int]] | list[list[float]],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """Copy host numbers to the device without waiting (from pinned memory on a GPU)."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
@@ -26,18 +28,37 @@ def to_device(
 
 
 class RowTable:
-    """float64 and int64 columns (named above) of every row, and the number of tokens each has generated."""
+    """float64 and int64 columns (named above) of every row, and the number of tokens each has generated.
+
+    Rows written are copied together, before anybody reads: greedy rows of captured steps never are.
+    """
 
     def __init__(self, *, max_rows: int, device: torch.device) -> None:
         self._device = device
-        self.floats = torch.zeros(max_rows, 6, dtype=torch.float64, device=device)
-        self.ints = torch.zeros(max_rows, 6, dtype=torch.int64, device=device)
-        self.position = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._floats = torch.zeros(max_rows, 6, dtype=torch.float64, device=device)
+        self._ints = torch.zeros(max_rows, 6, dtype=torch.int64, device=device)
+        self._position = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._written: dict[int, list[float]] = {}
+
+    @property
+    def floats(self) -> Tensor:
+        self._flush()
+        return self._floats
+
+    @property
+    def ints(self) -> Tensor:
+        self._flush()
+        return self._ints
+
+    @property
+    def position(self) -> Tensor:
+        self._flush()
+        return self._position
 
     def write(
         self, row: int, sampling: RowSampling, *, seed: int, sample_idx: int, position: int, slot: int
     ) -> None:
-        """Set everything of a row, in the order of the current stream."""
+        """Set everything of a row, for whoever reads it next."""
         s = sampling
         floats = [
             s.temperature,
@@ -47,10 +68,19 @@ class RowTable:
             s.presence_penalty,
             s.frequency_penalty,
         ]
+        # Whole numbers below 2^53 are exact in float64.
         ints = [*key_words(seed), sample_idx, s.top_k, s.min_tokens, slot]
-        self.floats[row].copy_(to_device(floats, torch.float64, self._device))
-        self.ints[row].copy_(to_device(ints, torch.int64, self._device))
-        self.position[row].fill_(position)
+        self._written[row] = [row, *floats, *ints, position]
+
+    def _flush(self) -> None:
+        if not self._written:
+            return
+        packed = to_device(list(self._written.values()), torch.float64, self._device)
+        self._written = {}
+        rows = packed[:, 0].to(torch.int64)
+        self._floats.index_copy_(0, rows, packed[:, 1:7])
+        self._ints.index_copy_(0, rows, packed[:, 7:13].to(torch.int64))
+        self._position.index_copy_(0, rows, packed[:, 13].to(torch.int64))
 
     def advance(self, rows_R: Tensor) -> None:
         """Count one more output token for distinct rows."""
