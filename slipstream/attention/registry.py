@@ -24,6 +24,8 @@ BACKENDS = Registry(
     },
 )
 
+DEVICES = ("cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")
 # Best first; `auto` takes the first one that serves the device and every group.
 PREFERENCE = ("triton", "triton_invariant", "cpu", "torch")
 
@@ -83,7 +85,23 @@ def choose_backend(
             )
         if kind in row.capability.devices:
             obstacles.append(f"{candidate}: {obstacle}")
-    raise ConfigError(f"No attention backend serves this model on {kind}: {'; '.join(obstacles)}.")
+    raise ConfigError(
+        f"No attention backend serves this model on {kind}: {'; '.join(obstacles)}."
+        + _advice_elsewhere(facts, groups)
+    )
+
+
+def _advice_elsewhere(facts: DeviceFacts, groups: Sequence[CacheGroup]) -> str:
+    """Return which backends would serve the model on another kind of device, or in another type."""
+    changes = [{"device": device} for device in DEVICES if device != facts.kind]
+    changes += [{"dtype": dtype} for dtype in DTYPES if facts.dtype and dtype != facts.dtype]
+    for change in changes:
+        other = dataclasses.replace(facts, **change)
+        names = [name for name in PREFERENCE if _serves(name, other, groups)]
+        if names:
+            name, value = next(iter(change.items()))
+            return f" With {name}={value!r}, {' or '.join(map(repr, names))} would."
+    return ""
 
 
 def _serves(name: str, facts: DeviceFacts, groups: Sequence[CacheGroup]) -> bool:
