@@ -89,7 +89,8 @@ class RequestCounts(msgspec.Struct):
     def merge(self, other: RequestCounts) -> None:
         self.num_prompt_tokens += other.num_prompt_tokens
         self.num_generation_tokens += other.num_generation_tokens
-        for reason, count in other.finished.items():
+        # Another thread may be counting there: a copy is taken at once.
+        for reason, count in list(other.finished.items()):
             self.finished[reason] = self.finished.get(reason, 0) + count
         for name in ("ttft", "itl", "e2e", "queue", "prefill", "decode"):
             getattr(self, name).merge(getattr(other, name))
