@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -227,11 +229,11 @@ def curl_line(address: str, settings: ServeSettings) -> str:
     """Return a command that asks the server something, whole to be pasted into a shell."""
     where = f"{address}/v1/chat/completions"
     if settings.uds is not None:
-        where = f"--unix-socket {settings.uds} http://localhost/v1/chat/completions"
+        where = f"--unix-socket {shlex.quote(settings.uds)} http://localhost/v1/chat/completions"
     key = ' -H "Authorization: Bearer $SLIPSTREAM_API_KEY"' if settings.api_keys else ""
-    model = settings.served_model_names[0]
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
-    return f"curl {where}{key} -H 'Content-Type: application/json' -d '{body}'"
+    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    body = json.dumps({"model": settings.served_model_names[0], "messages": messages})
+    return f"curl {where}{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
 @spread
