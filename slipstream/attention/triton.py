@@ -19,6 +19,7 @@ from slipstream.attention.base import AttentionCapability, AttentionPlan, Attent
 from slipstream.core.batch import ForwardBatch
 from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode_op
 from slipstream.kernels.paged_prefill import paged_prefill_op
+from slipstream.kernels.plugins import KERNELS
 from slipstream.kernels.query_tiles import tile_queries
 from slipstream.kernels.rotary_decode import rotary_decode_op
 from slipstream.kernels.rotary_store import rotary_store_op
@@ -27,6 +28,8 @@ from slipstream.kernels.store_slots import store_slots_op
 MAX_HEAD_DIM = 256
 MIN_SM = 80
 TILES = "tiles"
+# The ops that one kernel does together for one row, unless an outside kernel is to do one of them.
+PARTS_OF_ONE = frozenset({"rotary_store", "paged_decode"})
 
 
 class TritonAttention:
@@ -62,7 +65,7 @@ class TritonAttention:
     ) -> Tensor:
         """Norm and turn q and k, store k and v, attend, and return [T, N * H]. Only enqueues."""
         group, place = batch.layer_place[spec.layer_idx]
-        if batch.attention_plan.query_lens == (1,):
+        if batch.attention_plan.query_lens == (1,) and PARTS_OF_ONE.isdisjoint(KERNELS.on_gpu):
             return self._run_one(qkv_TC, rotation, batch, spec)
         q_TNH = rotary_store_op(
             qkv_TC,

@@ -143,6 +143,8 @@ class KernelTable:
         self._lock = threading.RLock()
         # Ops that layers call as plain functions on a CPU, unless they stand here.
         self.on_cpu: frozenset[str] = frozenset()
+        # Ops that a GPU's larger fused ops must leave to themselves.
+        self.on_gpu: frozenset[str] = frozenset()
 
     def plugins(self) -> list[KernelPlugin]:
         return list(self._plugins.values())
@@ -158,7 +160,7 @@ class KernelTable:
             self._plugins[plugin.name] = plugin
             for device in plugin.capability.devices:
                 self._occupy(plugin.op, device)
-            self._note_cpu_ops()
+            self._note_ops()
 
     def remove(self, name: str) -> None:
         with self._lock:
@@ -169,7 +171,7 @@ class KernelTable:
             for device in gone.capability.devices:
                 if not self._among(gone.op, device):
                     self._places.pop((gone.op, device))._destroy()
-            self._note_cpu_ops()
+            self._note_ops()
 
     def load_entry_points(self) -> None:
         """Let every installed package that has the entry point register its kernels, once."""
@@ -192,8 +194,9 @@ class KernelTable:
     def _among(self, op: str, device: str) -> list[KernelPlugin]:
         return [p for p in self._plugins.values() if p.op == op and device in p.capability.devices]
 
-    def _note_cpu_ops(self) -> None:
+    def _note_ops(self) -> None:
         self.on_cpu = frozenset(p.op for p in self._plugins.values() if "cpu" in p.capability.devices)
+        self.on_gpu = frozenset(p.op for p in self._plugins.values() if "cuda" in p.capability.devices)
 
     def _occupy(self, op: str, device: str) -> None:
         """Put the choice in front of our kernel for a device; what stood there is called as before."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slipstream.core.batch import ForwardBatch
 from slipstream.kernels.fused_linear import GATED, fused_linear_op
+from slipstream.kernels.plugins import KERNELS
 from slipstream.kernels.rms_norm import rms_norm_op
 from slipstream.kernels.scaled_linear import linear_then_norm_op, scaled_linear_op
 from slipstream.layers.block_parts import BlockParts
@@ -27,6 +28,8 @@ from slipstream.layers.norm import RMSNorm
 
 PREPARED = "prepared for the next block"
 HALVES = (torch.bfloat16, torch.float16)
+# What the products of several tokens take along, unless an outside kernel is to do it.
+SMALL_OPS = frozenset({"rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul"})
 
 
 def is_fusible(parts: BlockParts) -> bool:
@@ -52,7 +55,7 @@ def suits(x_TD: Tensor, batch: ForwardBatch) -> bool:
     """Say whether a step runs fused: on a GPU whose attention takes the projection as it is."""
     if not x_TD.is_cuda or not batch.attention_plan.backend.capability.rotates:
         return False
-    return len(x_TD) == 1 or x_TD.dtype in HALVES
+    return len(x_TD) == 1 or (x_TD.dtype in HALVES and SMALL_OPS.isdisjoint(KERNELS.on_gpu))
 
 
 def run_fused(
