@@ -9,7 +9,6 @@ Invariant: nothing waits longer for a dead engine than it takes to see that its 
 from __future__ import annotations
 
 import itertools
-import os
 import socket
 import threading
 import time
@@ -18,17 +17,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from slipstream import __version__
 from slipstream.core.errors import ConfigError, EngineError
 from slipstream.core.outputs import TokenEvent
 from slipstream.core.request import Request
 from slipstream.engine.client import STOPPED
+from slipstream.engine.connection import Connection
 from slipstream.engine.engine_info import EngineInfo
 from slipstream.engine.health import Health
-from slipstream.engine.liveness import Liveness, LivenessLimits
+from slipstream.engine.liveness import LivenessLimits
 from slipstream.engine.open_requests import OpenRequests
 from slipstream.engine.request_message import RequestMessage, message_of
-from slipstream.engine.sockets import Endpoint, connect_requests, load_zmq
+from slipstream.engine.sockets import Endpoint
 from slipstream.engine.step_records import EngineTrace
 from slipstream.engine.wire import (
     Abort,
@@ -37,23 +36,19 @@ from slipstream.engine.wire import (
     Events,
     Failure,
     Goodbye,
-    Hello,
     Message,
     Reply,
     Submit,
-    Welcome,
-    WireError,
-    decode_down,
     decode_value,
     encode,
     error_from,
-    own_events,
 )
 
 # How often a client that waits looks at the engine's process.
 LOOK_S = 0.25
-CONNECT_S = 10.0
-RECONNECT_S = 0.5
+# An engine answers between two steps; one that does not in this time is not there.
+CONNECT_S = 60.0
+RETRY_S = 0.5
 # A token id takes at most five bytes; lists beside the prompt are allowed for, as far as they are usual.
 MAX_TOKENS_PER_FRAME = 1_000_000
 IDS_BESIDE_PROMPT = 200
@@ -73,7 +68,6 @@ class ProcessClient:
         awaits_restart: bool = False,
         connect_s: float = CONNECT_S,
     ) -> None:
-        self._zmq = load_zmq()
         self._endpoint = endpoint
         self._limits = limits or LivenessLimits()
         self._awaits_restart = awaits_restart
@@ -91,9 +85,13 @@ class ProcessClient:
         self._waker, self._wakeful = socket.socketpair()
         self._waker.setblocking(False)
         self._wakeful.setblocking(False)
+        self._greeting: Connection | None = None
+        self._greeted_s = -RETRY_S
         self._connection: Connection | None = None
         try:
-            self._connection = Connection(endpoint, self._limits, connect_s, self._wakeful)
+            self._connect(connect_s)
+            if self._connection is None:
+                raise EngineError("No engine answered; is it running, and of this version?")
         except BaseException:
             self._release()
             raise
@@ -162,7 +160,7 @@ class ProcessClient:
         """Send what waits, and take in what comes within the time."""
         connection = self._connection
         if connection is None:
-            self._reconnect(timeout_s)
+            self._connect(min(timeout_s, LOOK_S))
             return []
         self._flush(connection)
         if not self._inbox:
@@ -231,8 +229,9 @@ class ProcessClient:
             asked, self._asked = self._asked, {}
             self._outbox.clear()
             self._inbox.clear()
+        self._drop_greeting()
         if connection is not None:
-            connection.close()
+            connection.close(is_lost=True)
         for _, future in asked.values():
             if future.set_running_or_notify_cancel():
                 future.set_exception(EngineError(cause))
@@ -240,15 +239,26 @@ class ProcessClient:
             raise EngineError(cause)
         return events
 
-    def _reconnect(self, timeout_s: float) -> None:
-        """Look for the engine that was started in the place of the old one."""
-        try:
-            wait_s = min(timeout_s, RECONNECT_S)
-            connection = Connection(self._endpoint, self._limits, wait_s, self._wakeful)
-        except EngineError:
+    def _connect(self, timeout_s: float) -> None:
+        """Go on greeting for a while; begin anew where nobody answers for long."""
+        now = time.monotonic()
+        if self._greeting is None and now - self._greeted_s < RETRY_S:
+            # It was turned away just now.
+            time.sleep(min(timeout_s, RETRY_S))
+            return
+        if self._greeting is None or now - self._greeted_s > CONNECT_S:
+            self._drop_greeting()
+            self._greeting, self._greeted_s = Connection(self._endpoint, self._limits, self._wakeful), now
+        if not self._greeting.greet(timeout_s):
             return
         with self._lock:
-            self._connection, self.info = connection, connection.info
+            self._connection, self._greeting = self._greeting, None
+            self.info = self._connection.info
+
+    def _drop_greeting(self) -> None:
+        greeting, self._greeting = self._greeting, None
+        if greeting is not None:
+            greeting.close(is_lost=True)
 
     def last_stats(self) -> dict[str, Any]:
         connection = self._connection
@@ -284,6 +294,7 @@ class ProcessClient:
             self._release()
 
     def _release(self) -> None:
+        self._drop_greeting()
         self._waker.close()
         self._wakeful.close()
 
@@ -308,77 +319,3 @@ def own_value(value: Any) -> Any:
         for event in value.events:
             event.request_id = event.request_id.partition(".")[2]
     return value
-
-
-class Connection:
-    """One greeting of one engine's process: sockets, sequence numbers and its pulse."""
-
-    def __init__(
-        self, endpoint: Endpoint, limits: LivenessLimits, timeout_s: float, wakeful: socket.socket
-    ) -> None:
-        self._zmq = load_zmq()
-        self._context = self._zmq.Context()
-        self._socket = connect_requests(self._context, endpoint)
-        self._next_out = 0
-        self._next_in = 0
-        self._prefix = ""
-        try:
-            self.send(Hello(endpoint.secret, __version__, os.getpid()))
-            welcome = self._greeting(timeout_s)
-            self.liveness = Liveness(endpoint, welcome.pid, limits)
-        except BaseException:
-            self._socket.close(linger=0)
-            self._context.term()
-            raise
-        self._prefix = welcome.prefix
-        self.info = welcome.info
-        self._poller = self._zmq.Poller()
-        self._poller.register(self._socket, self._zmq.POLLIN)
-        self._poller.register(self.liveness.socket, self._zmq.POLLIN)
-        self._poller.register(wakeful, self._zmq.POLLIN)
-        self._wakeful_fd = wakeful.fileno()
-
-    def _greeting(self, timeout_s: float) -> Welcome:
-        if not self._socket.poll(timeout_s * 1000):
-            raise EngineError("No engine answered; is it running, and of this version?")
-        for message in self.receive():
-            if isinstance(message, Welcome):
-                return message
-            if isinstance(message, Failure):
-                raise EngineError(message.cause)
-        raise EngineError("The engine did not answer as one of this version does.")
-
-    def send(self, message: Message) -> None:
-        self._socket.send(encode(self._next_out, message))
-        self._next_out += 1
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until something has come; True where another thread has something to send."""
-        ready = dict(self._poller.poll(timeout_s * 1000))
-        if self.liveness.socket in ready:
-            self.liveness.take()
-        return self._wakeful_fd in ready
-
-    def receive(self) -> list[Down]:
-        """Return the messages that have come. Raises EngineError where one is missing or not understood."""
-        messages: list[Down] = []
-        while True:
-            try:
-                frame = self._socket.recv(self._zmq.NOBLOCK)
-            except self._zmq.Again:
-                return messages
-            try:
-                sequence, message = decode_down(frame)
-            except WireError as error:
-                raise EngineError(f"A frame of the engine cannot be read: {error}.") from None
-            if sequence != self._next_in:
-                raise EngineError("Frames of the engine were lost.")
-            self._next_in += 1
-            if isinstance(message, Events):
-                own_events(message.events, self._prefix)
-            messages.append(message)
-
-    def close(self) -> None:
-        self._socket.close()
-        self.liveness.close()
-        self._context.term()
