@@ -93,10 +93,9 @@ class LiveServer:
 
     def child(self, module: str) -> psutil.Process:
         """Return the process that runs a module."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            if module in process.cmdline():
-                return process
-        raise AssertionError(f"no process runs {module}")
+        found = running(module, self.process.pid)
+        assert found, f"no process runs {module}"
+        return found[0]
 
     def wait_end(self, *, timeout_s: float = DEADLINE_S) -> int:
         return self.process.wait(timeout_s)
@@ -114,6 +113,16 @@ class LiveServer:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     psutil.Process(pid).kill()
         self.process.wait(DEADLINE_S)
+
+
+def running(module: str, pid: int) -> list[psutil.Process]:
+    """Return the processes below `pid` that run a module, without those that have ended."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if module in process.cmdline():
+                found.append(process)
+    return found
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.bench.tiny_checkpoint import write_checkpoint
-from tests.serve.live_server import ROOT, LiveServer, live, statuses, wait_until
+from tests.serve.live_server import ROOT, LiveServer, live, running, statuses, wait_until
 from tests.serve.oracle import DEADLINE_S, MAX_GROWTH_BYTES, MAX_POOL_THREADS, Oracle, Target
 from tests.serve.rough_clients import run_rough
 
@@ -162,16 +162,10 @@ def test_r35_a_killed_engine_fails_what_runs_and_ends_the_server(model: Path) ->
 def test_r38_a_server_that_is_killed_while_it_loads_takes_its_engine_along(model: Path) -> None:
     with live(model) as server:
         server.wait_line("listening at")
-        wait_until(lambda: ENGINE in commands_under(server.process.pid))
+        wait_until(lambda: running(ENGINE, server.process.pid))
         server.remember()
         server.process.kill()
         server.assert_nothing_left()
-
-
-def commands_under(pid: int) -> str:
-    return " ".join(
-        word for child in psutil.Process(pid).children(recursive=True) for word in child.cmdline()
-    )
 
 
 def statuses_of_dying(server: LiveServer) -> int:
@@ -266,19 +260,14 @@ def test_r35_a_killed_api_worker_is_replaced(model: Path) -> None:
         server.wait_ready()
         before = server.child(WORKER)
         before.kill()
-        wait_until(lambda: before.pid not in {child.pid for child in workers_of(server)})
-        wait_until(lambda: len(workers_of(server)) == 2)
+        wait_until(lambda: before.pid not in {child.pid for child in running(WORKER, server.process.pid)})
+        wait_until(lambda: len(running(WORKER, server.process.pid)) == 2)
         oracle = Oracle(server.target(model="tiny"))
         with oracle.watching(max_growth=1 << 30):
             pass
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_end() == 0
         server.assert_nothing_left()
-
-
-def workers_of(server: LiveServer) -> list[psutil.Process]:
-    children = psutil.Process(server.process.pid).children()
-    return [child for child in children if WORKER in child.cmdline()]
 
 
 @pytest.mark.slow
