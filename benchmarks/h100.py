@@ -2,9 +2,8 @@
 
 Random weights of the real shapes, random prompt ids, greedy, the end token ignored, prefix reuse off; a
 figure is the median of whole calls, so scheduling and Python are inside. A row counts only if every request
-got the tokens it asked for and the engine executed exactly the work's tokens.
-The floor of a decode step is the bytes it must read over 3.02 TB/s (a copy on that card, read + write); that
-of a prompt its products over 800 TFLOP/s.
+got the tokens it asked for and the engine executed the work's tokens. `h100_rows.py` holds the work, floors
+and goals, `h100_parts.py` the rows that are more than one piece of work.
 
     python benchmarks/h100.py [--rows P1,P3] [--out benchmarks/results/h100.json]
 """
@@ -12,7 +11,6 @@ of a prompt its products over 800 TFLOP/s.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import json
 import platform
@@ -21,125 +19,98 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h100_parts
 import host_cost
 import torch
+from h100_rows import (
+    CALL_MS,
+    HOST_GOALS_MS,
+    LLAMA_8B,
+    MODELS,
+    MS_PER_TOKEN,
+    PARTS,
+    TOKENS_PER_S,
+    WORK,
+    Work,
+)
 
 from slipstream import LLM, KvCacheConfig, SamplingParams, __version__
 
 RESULT = Path(__file__).parent / "results" / "h100.json"
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-QWEN3_06B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """Requests of equal size. `is_latency` rows are milliseconds of a whole call, others output tokens/s."""
-
-    model: str
-    requests: int
-    prompt: int
-    output: int
-    floor: float
-    goal: float
-    is_latency: bool = False
-
-
-MODELS = {"Llama-3.1-8B": LLAMA_8B, "Qwen3-0.6B": QWEN3_06B}
-# Floors and goals by the reckoning above; goals are what we set out to reach.
-WORK = {
-    "P1": Work(model="Llama-3.1-8B", requests=1, prompt=128, output=257, floor=201, goal=188),
-    "P3": Work(model="Llama-3.1-8B", requests=64, prompt=128, output=128, floor=9610, goal=8600),
-    "P5": Work(model="Llama-3.1-8B", requests=256, prompt=128, output=128, floor=21600, goal=18500),
-    "P9": Work(model="Llama-3.1-8B", requests=1, prompt=128, output=1, floor=5.0, goal=6.5, is_latency=True),
-    "P11": Work(model="Llama-3.1-8B", requests=1, prompt=2048, output=1, floor=39, goal=43, is_latency=True),
-    "P17": Work(model="Qwen3-0.6B", requests=1, prompt=128, output=257, floor=2530, goal=1600),
-}
-HOST_GOALS_MS = {"1": 0.2, "256": 1.0}
 RUNS = 5
 KERNELS_NAMED = 12
+# Requests under the profiler: more would name the same kernels.
+PROFILED = 256
 
 
 def measure(llm: LLM, name: str, work: Work) -> dict[str, Any]:
-    """Run one row's work, twice to warm up, then `RUNS` times, and once under the profiler for the names."""
+    """Run one row's work, to warm up, then for the median, and once under the profiler for the names."""
     rng = random.Random(name)
     vocab = llm.startup.limits.vocab_size
-    prompts = [[rng.randrange(vocab) for _ in range(work.prompt)] for _ in range(work.requests)]
-    params = SamplingParams(max_tokens=work.output, ignore_eos=True)
-    for _ in range(2):
+    lengths = work.lengths()
+    prompts = [[rng.randrange(vocab) for _ in range(prompt)] for prompt, _ in lengths]
+    params = [SamplingParams(max_tokens=output, ignore_eos=True, **work.sampling) for _, output in lengths]
+    for _ in range(work.warm_ups):
         llm.generate(prompts, params, use_tqdm=False, raise_on_error=True)
     times: list[float] = []
     before = llm.get_stats()["executed_tokens"]
     outputs: Any = []
-    for _ in range(RUNS):
+    for _ in range(work.runs):
         started = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False, raise_on_error=True)
         times.append(time.perf_counter() - started)
-    executed = (llm.get_stats()["executed_tokens"] - before) // RUNS
+    executed = (llm.get_stats()["executed_tokens"] - before) // work.runs
+    num_prompt, num_output = (sum(sizes) for sizes in zip(*lengths, strict=True))
     # The last token of a request is never run.
-    expected = work.requests * (work.prompt + work.output - 1)
-    if executed != expected or any(len(o.outputs[0].token_ids) != work.output for o in outputs):
+    expected = num_prompt + num_output - work.requests
+    got = [len(output.outputs[0].token_ids) for output in outputs]
+    # A row that was preempted runs tokens again.
+    is_whole = executed >= expected and got == [output for _, output in lengths]
+    if not is_whole or executed > 1.05 * expected:
         raise SystemExit(
             f"{name}: executed {executed} tokens, expected {expected}; the figure means nothing."
         )
     seconds = statistics.median(times)
-    value = seconds * 1e3 if work.is_latency else work.requests * work.output / seconds
-    ratio = work.floor / value if work.is_latency else value / work.floor
-    return {
-        "value": round(value, 2),
-        "unit": "ms" if work.is_latency else "output tokens/s",
-        "floor": work.floor,
-        "floor_ratio": round(ratio, 3),
-        "goal": work.goal,
-        "is_goal_met": value <= work.goal if work.is_latency else value >= work.goal,
-        "work": f"{work.model}, bfloat16, {work.requests} x {work.prompt} in / {work.output} out",
-        "command": f"python benchmarks/h100.py --rows {name}",
+    value = {
+        TOKENS_PER_S: num_output / seconds,
+        CALL_MS: seconds * 1e3,
+        MS_PER_TOKEN: seconds * 1e3 / num_output,
+    }
+    return record(name, value[work.unit], work.unit, work.floor, work.goal) | {
+        "work": work.describe(),
         "runs_s": [round(t, 4) for t in times],
-        "executed_prompt_tokens": work.requests * work.prompt,
-        "executed_output_tokens": work.requests * (work.output - 1),
+        "executed_prompt_tokens": num_prompt,
+        "executed_output_tokens": executed - num_prompt,
         "distinct_tokens": len({token for o in outputs for token in o.outputs[0].token_ids}),
         "reuse": False,
-        "kernels": kernels_of(llm, prompts, dataclasses.replace(work, output=min(work.output, 9))),
+        "kernels": kernels_of(llm, prompts, work),
+    }
+
+
+def record(name: str, value: float, unit: str, floor: float | None, goal: float) -> dict[str, Any]:
+    """Return the part that every row has."""
+    is_rate = "tokens/s" in unit
+    ratio = None if not floor else value / floor if is_rate else floor / value
+    return {
+        "value": round(value, 4 if value < 10 else 2),
+        "unit": unit,
+        "floor": floor,
+        "floor_ratio": None if ratio is None else round(ratio, 3),
+        "goal": goal,
+        "is_goal_met": value >= goal if is_rate else value <= goal,
+        "command": f"python benchmarks/h100.py --rows {name}",
     }
 
 
 def kernels_of(llm: LLM, prompts: list[list[int]], work: Work) -> dict[str, float]:
     """Return the kernels that took most of a short run, with their share of the GPU's time."""
-    params = SamplingParams(max_tokens=work.output, ignore_eos=True)
+    outputs = max(output for _, output in work.lengths())
+    params = SamplingParams(max_tokens=min(outputs, 9), ignore_eos=True, **work.sampling)
+    prompts = prompts[:PROFILED]
     llm.generate(prompts, params, use_tqdm=False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         llm.generate(prompts, params, use_tqdm=False)
@@ -167,16 +138,45 @@ def measure_host() -> dict[str, Any]:
     }
 
 
-def start(model: str, folder: Path) -> LLM:
+def start(model: str, folder: Path, *, reuse: bool = False, max_seq_len: int = 8192) -> LLM:
     (folder / "config.json").write_text(json.dumps(MODELS[model]), encoding="utf-8")
     return LLM(
         folder,
         load_format="dummy",
         skip_tokenizer_init=True,
         device="cuda",
-        max_seq_len=8192,
-        kv_cache_config=KvCacheConfig(enable_block_reuse=False),
+        max_seq_len=max_seq_len,
+        kv_cache_config=KvCacheConfig(enable_block_reuse=reuse),
     )
+
+
+def measure_parts(row: str) -> dict[str, dict[str, Any]]:
+    """Return the keys of a row that is more than one piece of work."""
+    with tempfile.TemporaryDirectory() as folder:
+        if row == "P15":
+            (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+            values = h100_parts.start_up(folder)
+        else:
+            options, function = h100_parts.ON_ENGINE[row]
+            with start("Llama-3.1-8B", Path(folder), **options) as llm:
+                values = function(llm)
+    limits = PARTS[row]
+    return {key: record(row, value, h100_parts.UNITS[key], *limits[key]) for key, value in values.items()}
+
+
+def measure_works(names: list[str], keep: Callable[[str, dict[str, Any]], None]) -> None:
+    """Measure rows of plain work, model by model."""
+    for model in MODELS:
+        own = [name for name in names if name in WORK and WORK[name].model == model]
+        if not own:
+            continue
+        with tempfile.TemporaryDirectory() as folder, start(model, Path(folder)) as llm:
+            for line in llm.startup.report:
+                print(f"   {line}", flush=True)
+            for name in own:
+                keep(name, measure(llm, name, WORK[name]))
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def commit() -> str:
@@ -184,47 +184,68 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def versions() -> dict[str, str]:
+    import triton
+
+    return {
+        "slipstream": __version__,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+
+
+class Record:
+    """The standing record: rows measured now replace their like, others keep the commit they are of."""
+
+    def __init__(self, path: Path, commit: str) -> None:
+        self._path, self._commit = path, commit
+        here = {"device": torch.cuda.get_device_name(), "versions": versions()}
+        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else here | {"rows": {}}
+        if any(old[key] != here[key] for key in here):
+            raise SystemExit(f"{path} was taken with {old['device']}, {old['versions']}; give another --out.")
+        self._rows: dict[str, Any] = old["rows"]
+        for row in self._rows.values():
+            row.setdefault("commit", old.get("commit", "unknown"))
+        self._head = here
+
+    def keep(self, name: str, row: dict[str, Any]) -> None:
+        if name == "P25" and "P5" in self._rows:
+            goal = round(0.95 * self._rows["P5"]["value"], 1)
+            row |= {"goal": goal, "is_goal_met": row["value"] >= goal}
+        self._rows[name] = row | {"commit": self._commit}
+        share = "" if row["floor_ratio"] is None else f"{row['floor_ratio']:.0%} of the floor, "
+        print(f"{name}: {row['value']} {row['unit']} ({share}goal {row['goal']})", flush=True)
+        ordered = sorted(
+            self._rows, key=lambda key: [int(x) if x.isdigit() else x for x in key[1:].split(".")]
+        )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self._head | {"rows": {key: self._rows[key] for key in ordered}}
+        self._path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default=",".join([*WORK, "P28"]), help="comma-separated")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--rows", default=",".join([*WORK, *PARTS, "P28"]), help="comma-separated")
+    parser.add_argument("--out", type=Path, default=RESULT, help="a record that is there is added to")
     parser.add_argument("--commit", default="", help="the commit measured, where git cannot say")
     given = parser.parse_args()
     asked = given.rows.split(",")
-    rows: dict[str, Any] = {}
-    for model in MODELS:
-        names = [name for name in asked if name in WORK and WORK[name].model == model]
-        if not names:
-            continue
-        with tempfile.TemporaryDirectory() as folder, start(model, Path(folder)) as llm:
-            for line in llm.startup.report:
-                print(f"   {line}", flush=True)
-            for name in names:
-                row = rows[name] = measure(llm, name, WORK[name])
-                share = f"{row['floor_ratio']:.0%} of the floor, goal {row['goal']}"
-                print(f"{name}: {row['value']} {row['unit']} ({share}): {row['work']}", flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+    unknown = [name for name in asked if name not in (*WORK, *PARTS, "P28")]
+    if unknown:
+        raise SystemExit(f"no such rows: {', '.join(unknown)}; there are {', '.join([*WORK, *PARTS, 'P28'])}")
+    kept = Record(given.out, given.commit or commit())
+    measure_works(asked, kept.keep)
+    for row in PARTS:
+        if row in asked:
+            for key, found in measure_parts(row).items():
+                kept.keep(key, found)
+            gc.collect()
+            torch.cuda.empty_cache()
     if "P28" in asked:
-        rows["P28"] = measure_host()
-        print(f"P28: {rows['P28']['value']} {rows['P28']['unit']}", flush=True)
-    import triton
-
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "slipstream": __version__,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
-        "commit": given.commit or commit(),
-        "rows": rows,
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        kept.keep("P28", measure_host())
 
 
 if __name__ == "__main__":
