@@ -24,6 +24,7 @@ from slipstream.engine.prompts import Encoded
 from slipstream.engine.service import EngineService
 from slipstream.serve.context import ServeContext
 from slipstream.serve.errors import ApiError, JsonResponse
+from slipstream.serve.openapi import describe_answer
 
 # The time a busy server may take for one more token before it counts as unfit.
 PROBE_TIMEOUT_S = 30.0
@@ -93,22 +94,23 @@ async def generate_one(context: ServeContext) -> float:
 
 
 def add_routes(app: FastAPI, context: ServeContext) -> None:
-    methods = ["GET", "HEAD"]
-
-    @app.api_route("/health", methods=methods, tags=["operations"], operation_id="health")
     async def health() -> Response:
         """Say whether the engine makes progress."""
         return _answer(*liveness(context))
 
-    @app.api_route("/ready", methods=methods, tags=["operations"], operation_id="ready")
     async def ready() -> Response:
         """Say whether new requests are taken."""
         return _answer(*readiness(context))
 
-    @app.get("/health_generate", tags=["operations"], operation_id="health_generate")
     async def health_generate() -> Response:
         """Generate one token, and say how long it took."""
         return JsonResponse({"status": "ok", "seconds": round(await generate_one(context), 6)})
+
+    routes = {"/health": health, "/ready": ready, "/health_generate": health_generate}
+    for path, answer in routes.items():
+        app.add_api_route(path, answer, methods=["GET"], tags=["operations"], **describe_answer(503))
+    for path in ("/health", "/ready"):
+        app.add_api_route(path, routes[path], methods=["HEAD"], include_in_schema=False)
 
 
 def _answer(status: int, body: dict[str, Any]) -> Response:

@@ -43,6 +43,14 @@ def test_every_body_is_described(tiny: RunningServer) -> None:
     assert "text/event-stream" in found["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
 
 
+def test_operations_are_told_apart(tiny: RunningServer) -> None:
+    paths = document(tiny)["paths"]
+    ids = [operation["operationId"] for path in paths.values() for operation in path.values()]
+    assert len(ids) == len(set(ids)) >= 12
+    answers = {"/health": {"200", "401", "503"}, "/v1/models": {"200", "401"}}
+    assert all(set(paths[path]["get"]["responses"]) == found for path, found in answers.items())
+
+
 def test_documentation_pages_are_off_unless_asked_for(tiny: RunningServer) -> None:
     assert tiny.client.get("/docs").status_code == 404 and tiny.client.get("/redoc").status_code == 404
 
