@@ -144,6 +144,11 @@ class EngineProcess:
                 except SlipstreamError as error:
                     self._error, self._cause = error, str(error)
                     return
+                except Exception as error:
+                    logger.exception("an engine's process could not be started or understood")
+                    self._cause = f"The engine's process could not be started: {type(error).__name__}."
+                    self._error = EngineError(self._cause)
+                    return
                 now = time.monotonic()
                 deaths = [at for at in deaths if now - at < RESTART_WINDOW_S] + [now]
                 if self._is_stopping or not self._restart:

@@ -364,6 +364,11 @@ class Heart:
 
     def _counters(self) -> dict[str, int | float]:
         """Look at what the engine's own thread counts; each is a number of its own, so no lock is needed."""
-        stats = self._client.last_stats()
+        try:
+            stats = self._client.last_stats()
+        except Exception:
+            # Something changed while it was looked at. The heart beats on, or the engine counts as dead.
+            logger.debug("no counters with this heartbeat", exc_info=True)
+            stats = {}
         counters = {name: value for name, value in stats.items() if isinstance(value, int | float)}
         return counters | {"num_dropped_frames": self._num_dropped_frames()}

@@ -181,7 +181,8 @@ def _check_search(message: RequestMessage, limits: Limits) -> None:
         integer(count, "num_candidates", 0, 0)
         return
     integer(beams.width, "beam_width", 1, min(limits.max_beam_width, limits.vocab_size))
-    integer(message.num_returned, "n", 1, beams.width)
+    # A search ends with as many outputs as it returns; whoever counts samples counts on it.
+    integer(message.num_returned, "n", message.num_samples, beams.width)
     number(beams.length_penalty, "length_penalty", -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
     most = beams.width + len(message.stop_token_ids)
     integer(count, "num_candidates", 1, min(most, limits.vocab_size))

@@ -38,6 +38,10 @@ class Endpoint(msgspec.Struct, frozen=True):
     heartbeat: str
     secret: str
 
+    def __repr__(self) -> str:
+        """Leave the secret out: this may be logged."""
+        return f"Endpoint({self.address!r}, {self.heartbeat!r})"
+
 
 def load_zmq() -> Any:
     """Return pyzmq. Raises MissingExtraError."""

@@ -31,6 +31,8 @@ def make(config: EngineConfig, progress: Progress) -> ServedEngine:
             os._exit(3)
         case "hangs":
             time.sleep(3600)
+        case "mumbles":
+            progress.__self__._file.write(b"not a message\n")  # type: ignore[attr-defined]
         case "prints":
             print("a library says hello", flush=True)
         case _:

@@ -86,6 +86,7 @@ FAILURES = [
     ("raises", EngineError, "did not start: ValueError: a surprise"),
     ("killed", EngineError, "ended by SIGKILL while loading weights"),
     ("exits", EngineError, "ended with status 3 while loading weights"),
+    ("mumbles", EngineError, "could not be started: DecodeError"),
 ]
 
 

@@ -191,6 +191,7 @@ def test_an_engine_that_raises_fails_every_door(server: EngineServer, service: E
     server._client.engine.scheduler.cache.pool.retire(10**6)
 
 
+SEARCH = {"width": 8, "length_penalty": 1.0, "early_stopping": True}
 BAD_REQUESTS = [
     ("negative id", {"prompt_token_ids": [5, -1]}, "prompt_token_ids"),
     ("id beyond the vocabulary", {"prompt_token_ids": [5, 1000]}, "prompt_token_ids"),
@@ -214,6 +215,7 @@ BAD_REQUESTS = [
     ("callables", {"sampling": {"has_processors": True}}, "logits_processor"),
     ("a search without one", {"sampling": {"num_candidates": 10**6}}, "num_candidates"),
     ("a wide search", {"beams": {"width": 10**6, "length_penalty": 1.0, "early_stopping": True}}, "beam"),
+    ("a search that ends short", {"beams": SEARCH, "num_samples": 5, "num_returned": 2}, "n"),
     ("a salt with a newline", {"cache_salt": "a\nb"}, "cache_salt"),
     ("priority", {"priority": 2**40}, "priority"),
     ("a deadline that never was", {"deadline_s": float("nan")}, "timeout_s"),
@@ -525,6 +527,7 @@ def test_r64_sockets_are_for_this_user_alone(server: EngineServer, tmp_path: Pat
         assert other.endpoint.address.startswith("tcp://127.0.0.1:")
         assert other.endpoint.heartbeat.startswith("tcp://127.0.0.1:")
         assert len(other.endpoint.secret) == 64 and other.endpoint.secret != server.endpoint.secret
+        assert other.endpoint.secret not in repr(other.endpoint)
     tmp_path.chmod(0o755)
     with pytest.raises(ConfigError, match="0700"):
         make_endpoint(tmp_path)
