@@ -11,8 +11,8 @@
   const TOP = AXIS + 2 * (CURVE + GAP) + STEPS + HOST + GAP + 6;
   const MIN_SPAN = Math.max(whole * 1e-7, 2e-6);
   const view = { start: 0, end: whole };
-  let shown = lanes.map((_, number) => number);
-  let picked = -1, hover = null, colours = {}, isQueued = false;
+  let matching = lanes.map((_, number) => number), shown = matching;
+  let picked = -1, hover = null, colours = {}, isQueued = false, isStillGood = false, isTableGood = false;
 
   // --- words and numbers ---
   const number = (value) => value === null || value === undefined ? "?" : value.toLocaleString("en-US");
@@ -80,9 +80,12 @@
     }
   }
 
+  // Thousands of rows take a moment: they are made when somebody looks.
   function fillTable() {
+    if (!at("table-box").open || isTableGood) return;
+    isTableGood = true;
     at("rows").replaceChildren();
-    for (const place of shown) {
+    for (const place of matching) {
       const lane = lanes[place];
       const row = element("tr", undefined, at("rows"));
       row.dataset.lane = place;
@@ -92,13 +95,16 @@
         number(lane.num_prompt_tokens), number(lane.num_cached_tokens), number(lane.num_output_tokens),
         number(lane.num_preemptions), outcomeOf(lane),
       ]) element("td", text, row);
-      row.addEventListener("click", () => { pick(shown.indexOf(place)); zoomToLane(place); });
+      row.addEventListener("click", () => { zoomToLane(place); pick(shown.indexOf(place)); });
     }
   }
 
   // --- geometry ---
-  const left = () => Math.min(190, Math.max(96, top.clientWidth * 0.16));
-  const width = () => Math.max(40, top.clientWidth - left() - 12);
+  // Asking the page for its width is slow, and drawing asks for it at every step.
+  let wide = 0;
+  const measure = () => { wide = at("chart").clientWidth; };
+  const left = () => Math.min(190, Math.max(96, wide * 0.16));
+  const width = () => Math.max(40, wide - left() - 12);
   const xOf = (time) => left() + (time - view.start) / (view.end - view.start) * width();
   const timeOf = (x) => view.start + (x - left()) / width() * (view.end - view.start);
 
@@ -106,6 +112,7 @@
     const span = Math.min(whole, Math.max(MIN_SPAN, end - start));
     view.start = Math.min(Math.max(0, start), whole - span);
     view.end = view.start + span;
+    choose();
     redraw();
   }
   const zoom = (factor, around) => {
@@ -132,8 +139,8 @@
       colours[name] = style.getPropertyValue(`--${name}`).trim();
     }
   }
-  function prepare(canvas, height) {
-    const ratio = window.devicePixelRatio || 1, wide = canvas.parentElement.clientWidth;
+  function prepare(canvas, height, wide) {
+    const ratio = window.devicePixelRatio || 1;
     canvas.style.height = height + "px";
     const w = Math.round(wide * ratio), h = Math.round(height * ratio);
     if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
@@ -225,8 +232,28 @@
     return { requests, kv, work, host: work + STEPS + 2 };
   };
 
+  // What stays the same while a pointer moves is drawn once, aside.
+  const still = document.createElement("canvas");
   function drawTop() {
-    const pen = prepare(top, TOP), band = bands();
+    if (!isStillGood) { drawStill(); isStillGood = true; }
+    const pen = prepare(top, TOP, top.parentElement.clientWidth);
+    pen.setTransform(1, 0, 0, 1, 0, 0);
+    pen.drawImage(still, 0, 0);
+    const ratio = window.devicePixelRatio || 1;
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    if (hover && hover.step >= 0) lightStep(pen, hover.step);
+    crosshair(pen, TOP);
+  }
+  function lightStep(pen, place) {
+    const band = bands(), step = steps[place], base = band.work + STEPS;
+    const x = Math.max(left(), xOf(deviceStart[place])), end = Math.min(left() + width(), xOf(step.collected_s));
+    const high = decodeHeight(step) + prefillHeight(step);
+    if (end < x) return;
+    pen.strokeStyle = colours.pick;
+    pen.strokeRect(x - 0.5, base - high - 0.5, Math.max(1, end - x) + 1, high + 1);
+  }
+  function drawStill() {
+    const pen = prepare(still, TOP, top.parentElement.clientWidth), band = bands();
     gridLines(pen, TOP);
     pen.fillStyle = colours.soft;
     pen.textAlign = "center";
@@ -257,31 +284,53 @@
     pen.beginPath();
     for (const y of [band.requests + CURVE, band.kv + CURVE, band.work + STEPS]) { pen.moveTo(left(), y + 0.5); pen.lineTo(left() + width(), y + 0.5); }
     pen.stroke();
-    crosshair(pen, TOP);
+  }
+  const tokenScale = (STEPS - 7) / Math.max(1, mostTokens);
+  const decodeHeight = (step) => step.num_decode_tokens ? Math.max(4, step.num_decode_tokens * tokenScale) : 0;
+  const prefillHeight = (step) => step.num_prefill_tokens ? Math.max(2, step.num_prefill_tokens * tokenScale) : 0;
+  function fillAll(pen, colour, alpha, boxes) {
+    pen.globalAlpha = alpha;
+    pen.fillStyle = colour;
+    for (const [x, y, wide, high] of boxes) pen.fillRect(x, y, wide, high);
+    pen.globalAlpha = 1;
   }
   function drawSteps(pen, band) {
     const [first, last] = stepsInView(), base = band.work + STEPS;
-    const scale = (STEPS - 7) / Math.max(1, mostTokens);
+    const decode = [], prefill = [], launch = [], host = [];
+    // Steps that share a pixel are drawn as the highest of them.
+    let column = null;
+    const flush = () => {
+      if (!column) return;
+      if (column.decode) decode.push([column.x, base - column.decode, column.wide, column.decode]);
+      if (column.prefill) prefill.push([column.x, base - column.decode - column.prefill, column.wide, column.prefill]);
+      column = null;
+    };
+    let hostEnd = -1;
+    const addHost = (from, to) => {
+      if (to - hostEnd < 0.35) return;
+      host.push([Math.max(from, hostEnd), band.host, Math.max(0.3, to - Math.max(from, hostEnd)), HOST]);
+      hostEnd = to;
+    };
     for (let place = first; place < last; place++) {
-      const step = steps[place], x = xOf(deviceStart[place]);
-      const wide = Math.max(0.6, xOf(step.collected_s) - x - (step.num_rows ? 0.4 : 0));
-      const lit = hover && hover.step === place;
-      const decode = Math.max(step.num_decode_tokens ? 4 : 0, step.num_decode_tokens * scale);
-      const prefill = Math.max(step.num_prefill_tokens ? 2 : 0, step.num_prefill_tokens * scale);
-      pen.globalAlpha = lit ? 1 : 0.85;
-      pen.fillStyle = colours.decode;
-      pen.fillRect(x, base - decode, wide, decode);
-      pen.fillStyle = colours.prefill;
-      pen.fillRect(x, base - decode - prefill, wide, prefill);
-      if (lit) { pen.strokeStyle = colours.pick; pen.strokeRect(x - 0.5, base - decode - prefill - 0.5, wide + 1, decode + prefill + 1); }
-      pen.fillStyle = colours.host;
-      pen.globalAlpha = 0.22;
-      pen.fillRect(xOf(step.scheduled_s), band.host + 2, xOf(step.launched_s) - xOf(step.scheduled_s), HOST - 4);
-      pen.globalAlpha = 0.9;
-      pen.fillRect(xOf(step.planned_s), band.host, xOf(step.scheduled_s) - xOf(step.planned_s), HOST);
-      pen.fillRect(xOf(step.collected_s), band.host, xOf(step.committed_s) - xOf(step.collected_s), HOST);
+      const step = steps[place], x = xOf(deviceStart[place]), wide = Math.max(0.6, xOf(step.collected_s) - x - 0.4);
+      const high = [decodeHeight(step), prefillHeight(step)];
+      if (column && x - column.x < 0.8 && wide < 1) {
+        if (high[0] + high[1] > column.decode + column.prefill) [column.decode, column.prefill] = high;
+      } else {
+        flush();
+        column = { x, wide, decode: high[0], prefill: high[1] };
+      }
+      addHost(xOf(step.planned_s), xOf(step.scheduled_s));
+      addHost(xOf(step.collected_s), xOf(step.committed_s));
+      const from = xOf(step.scheduled_s), previous = launch[launch.length - 1];
+      if (previous && from - previous[0] < 1.5) previous[2] = Math.max(previous[2], xOf(step.launched_s) - previous[0]);
+      else launch.push([from, band.host + 2, xOf(step.launched_s) - from, HOST - 4]);
     }
-    pen.globalAlpha = 1;
+    flush();
+    fillAll(pen, colours.decode, 0.85, decode);
+    fillAll(pen, colours.prefill, 0.85, prefill);
+    fillAll(pen, colours.host, 0.22, launch);
+    fillAll(pen, colours.host, 0.9, host);
   }
   function crosshair(pen, height) {
     if (!hover || hover.x < left()) return;
@@ -297,7 +346,7 @@
     const all = shown.length * LANE + 8;
     spacer.style.height = all + "px";
     const height = Math.min(all, scroller.clientHeight || all, Math.round(window.innerHeight * 0.62));
-    const pen = prepare(body, height), offset = scroller.scrollTop;
+    const pen = prepare(body, height, body.parentElement.clientWidth), offset = scroller.scrollTop;
     gridLines(pen, height);
     const first = Math.max(0, Math.floor(offset / LANE)), last = Math.min(shown.length, Math.ceil((offset + height) / LANE));
     for (let row = first; row < last; row++) drawLane(pen, row, row * LANE + 4 - offset);
@@ -357,6 +406,11 @@
     pen.lineWidth = 1;
   }
   function redraw() {
+    isStillGood = false;
+    refresh();
+  }
+  // Draws what a pointer changes.
+  function refresh() {
     if (isQueued) return;
     isQueued = true;
     requestAnimationFrame(() => { isQueued = false; drawTop(); drawLanes(); });
@@ -413,7 +467,7 @@
     tip.style.left = Math.max(4, beside) + "px";
     tip.style.top = Math.max(4, Math.min(window.innerHeight - box.height - 4, y + 14)) + "px";
   }
-  function letGo() { hover = null; at("tip").hidden = true; redraw(); }
+  function letGo() { hover = null; at("tip").hidden = true; refresh(); }
   function point(event) {
     const canvas = event.currentTarget, box = canvas.getBoundingClientRect();
     const x = event.clientX - box.left, y = event.clientY - box.top, time = timeOf(x);
@@ -433,7 +487,7 @@
       }
     }
     if (described) showTip(described, event.clientX, event.clientY); else at("tip").hidden = true;
-    redraw();
+    refresh();
   }
 
   // --- hands ---
@@ -452,12 +506,22 @@
     const box = scroller.getBoundingClientRect();
     showTip(describeLane(lanes[shown[picked]], null), box.left + left(), box.top + picked * LANE - scroller.scrollTop + LANE);
   }
+  // Which lanes are shown: those that match, and where so chosen only what was there at the time in view.
+  function choose() {
+    const isPicked = shown[picked];
+    const isNear = (place) => endOf(lanes[place]) >= view.start && startOf(lanes[place]) <= view.end;
+    shown = at("near").checked ? matching.filter(isNear) : matching;
+    picked = shown.indexOf(isPicked);
+    at("empty").hidden = shown.length > 0;
+  }
   function filter() {
     const text = at("filter").value.trim().toLowerCase();
-    shown = lanes.map((_, place) => place).filter((place) => `${titleOf(lanes[place])} ${outcomeOf(lanes[place])}`.toLowerCase().includes(text));
-    at("empty").hidden = shown.length > 0;
+    matching = lanes.map((_, place) => place).filter((place) => `${titleOf(lanes[place])} ${outcomeOf(lanes[place])}`.toLowerCase().includes(text));
     picked = -1;
+    choose();
+    isTableGood = false;
     letGo();
+    redraw();
     fillTable();
   }
   function theme() {
@@ -476,6 +540,7 @@
     "ArrowUp": () => { pick(Math.max(0, picked - 1)); showPicked(); }, "ArrowDown": () => { pick(picked + 1); showPicked(); },
     "Enter": () => { if (picked >= 0) zoomToLane(shown[picked]); },
     "0": () => look(0, whole), "Home": () => look(0, whole), "t": theme, "?": help,
+    "v": () => { at("near").checked = !at("near").checked; choose(); redraw(); },
     "/": () => at("filter").focus(),
     "Escape": () => { at("tip").hidden = true; pick(-1); },
   };
@@ -538,15 +603,19 @@
   at("theme").addEventListener("click", theme);
   at("help").addEventListener("click", help);
   at("filter").addEventListener("input", filter);
-  scroller.addEventListener("scroll", redraw);
-  new ResizeObserver(redraw).observe(at("chart"));
+  // Of many, what is elsewhere in time only gets in the way.
+  at("near").checked = lanes.length > 200;
+  at("near").addEventListener("change", () => { choose(); redraw(); });
+  scroller.addEventListener("scroll", refresh);
+  new ResizeObserver(() => { measure(); redraw(); }).observe(at("chart"));
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const follow = () => { document.documentElement.dataset.theme = dark.matches ? "dark" : "light"; readColours(); redraw(); };
   dark.addEventListener("change", follow);
 
+  measure();
   fillHead();
-  fillTable();
-  at("empty").hidden = shown.length > 0;
+  at("table-box").addEventListener("toggle", fillTable);
+  choose();
   follow();
   // What is shown, for whoever drives the page.
   window.traceView = () => ({ start_s: view.start, end_s: view.end, picked, shown: shown.map((place) => titleOf(lanes[place])) });

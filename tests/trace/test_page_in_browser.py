@@ -161,6 +161,16 @@ def test_keys_zoom_move_and_filter(opened: Opened) -> None:
     assert page.locator("#empty").is_visible() and opened.view()["shown"] == []
     page.keyboard.press("Escape")
     assert opened.view()["shown"] == ["a", "c", "b"] and page.locator("#empty").is_hidden()
+    # Near the end only "a" and "b" are there.
+    for _ in range(4):
+        page.keyboard.press("+")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert opened.view()["shown"] == ["a", "c", "b"]
+    page.keyboard.press("v")
+    assert opened.view()["start_s"] > 0.019 and opened.view()["shown"] == ["a", "b"]
+    page.keyboard.press("0")
+    assert opened.view()["shown"] == ["a", "c", "b"]
     page.keyboard.press("?")
     assert page.locator("#keys").is_visible()
     page.keyboard.press("t")
