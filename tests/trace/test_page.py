@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -80,3 +83,16 @@ def test_hostile_names_stay_data(name: str) -> None:
     data = json.loads(outline.scripts[0])
     assert data["model"] == name and {lane["request_id"] for lane in data["lanes"]} == {name}
     assert not re.search(r"[<>&\u2028\u2029]", outline.scripts[0])
+
+
+def test_what_the_page_is_made_of_goes_into_a_wheel() -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["slipstream.trace"]
+    parts = [
+        path.name
+        for path in (root / "slipstream" / "trace").iterdir()
+        if path.suffix in (".html", ".css", ".js")
+    ]
+    assert len(parts) == 3
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in patterns) for name in parts)
