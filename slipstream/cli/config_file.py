@@ -72,7 +72,7 @@ def _read_lists(section: Any) -> dict[str, tuple[str, ...]]:
             raise ConfigError(
                 f"{name} do not belong into this file; name a file of them with --api-key-file."
             )
-        if name in ("served_model_names", "cors_origins"):
+        if name in ("served_model_names", "cors_origins", "allowed_hosts"):
             if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
                 raise ConfigError(f"{name} must be a list of texts, not {shown(value)}.")
             lists[name] = tuple(value)

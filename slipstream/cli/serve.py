@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
@@ -97,6 +98,9 @@ class ServeOptions:
     cors_origin: Annotated[
         list[str] | None, text_option("ORIGIN", "Origin whose pages may ask; may be repeated.")
     ] = None
+    allowed_host: Annotated[
+        list[str] | None, text_option("NAME", "Name by which a local server without keys may be called.")
+    ] = None
     ssl_certfile: Annotated[str | None, text_option("FILE", "Certificate; the server then speaks TLS.")] = (
         None
     )
@@ -120,7 +124,7 @@ class ServeOptions:
             for name, value in vars(self).items()
             if name not in _OWN_MEANING and value is not None and value is not False
         }
-        for name in ("served_model_names", "cors_origins"):
+        for name in ("served_model_names", "cors_origins", "allowed_hosts"):
             if name in typed:
                 typed[name] = tuple(typed[name])
         if self.no_ui:
@@ -140,6 +144,7 @@ _OWN_MEANING = ("api_key", "api_key_file", "admin_key", "admin_key_file", "no_ui
 _SETTING_OF = {
     "served_model_name": "served_model_names",
     "cors_origin": "cors_origins",
+    "allowed_host": "allowed_hosts",
     "docs": "has_docs",
     "max_step_time": "max_step_s",
     **{
@@ -194,13 +199,19 @@ class ServeJob:
         configure_server_log(as_json=settings.log_json)
         names = settings.served_model_names or (default_name(self.model),)
         settings = dataclasses.replace(settings, served_model_names=names)
-        with loading_bar(None) as progress:
+        with contextlib.ExitStack() as bar:
+            progress = bar.enter_context(loading_bar(None))
+
+            def on_ready(address: str, info: EngineInfo) -> None:
+                bar.close()
+                show_served(address, settings, info)
+
             return run_server(
                 settings,
                 config,
                 on_listening=lambda address: note(f"listening at {address}; loading {self.model}"),
                 on_progress=progress,
-                on_ready=lambda address, info: show_served(address, settings, info),
+                on_ready=on_ready,
             )
 
 

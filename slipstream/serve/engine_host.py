@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -42,13 +43,21 @@ class InProcessHost:
         self._config = config
         self._max_step_s = settings.max_step_s
         self._service: EngineService | None = None
+        self._stuck_since_s: float | None = None
 
     def start(self, progress: Progress) -> EngineService:
         self._service = local_service(self._config, progress=progress, max_step_s=self._max_step_s)
         return self._service
 
     def has_ended(self) -> bool:
-        return self._service is not None and self._service.health().state == "stopped"
+        """Say so too of an engine that has been stuck for as long as a process would be left alone."""
+        state = "ready" if self._service is None else self._service.health().state
+        if state != "stuck":
+            self._stuck_since_s = None
+            return state == "stopped"
+        now = time.monotonic()
+        self._stuck_since_s = self._stuck_since_s or now
+        return now - self._stuck_since_s > LivenessLimits().kill_after_s
 
     def stop(self) -> None:
         service = self._service

@@ -34,6 +34,7 @@ from slipstream.serve.context import ServeContext
 from slipstream.serve.engine_host import EngineHost, Progress
 from slipstream.serve.errors import RETRY_AFTER, ApiError
 from slipstream.serve.health import DRAINING, STATES, cause_of, start_probe
+from slipstream.serve.host_check import HostCheck
 from slipstream.serve.http_guard import guarded_protocol
 from slipstream.serve.metrics import ServeMetrics
 from slipstream.serve.settings import ServeSettings
@@ -96,7 +97,7 @@ class ApiServer:
         self._on_ready = on_ready
         self.context = make_context(settings, model_names, self._place)
         self.app = create_app(self.context)
-        self._uvicorn = UvicornServer(_uvicorn_config(self.app, settings))
+        self._uvicorn = UvicornServer(_uvicorn_config(HostCheck(self.app, settings=settings), settings))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_stopping = threading.Event()
         self._is_hurried = threading.Event()

@@ -18,6 +18,7 @@ ON_ENGINE_FAILURE = ("exit", "restart")
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 KEY_TEXT = re.compile(r"[!-~]{1,512}")
 MODEL_NAME = re.compile(r"[!-~]{1,256}")
+HOST_NAME = re.compile(r"[A-Za-z0-9.-]{1,253}")
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 MIB = 1 << 20
 
@@ -63,6 +64,7 @@ class ServeSettings:
     admin_keys: tuple[ApiKey, ...] = ()
     served_model_names: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     has_ui: bool = True
     has_docs: bool = False
     api_workers: int = 1
@@ -142,6 +144,12 @@ class ServeSettings:
                 raise ConfigError(
                     f"served_model_names: {model[:64]!r} must be 1 to 256 printable ASCII characters "
                     "without spaces."
+                )
+        for host in self.allowed_hosts:
+            if not HOST_NAME.fullmatch(host):
+                raise ConfigError(
+                    f"allowed_hosts: {host[:64]!r} is no name of a host; write e.g. llm.example.org "
+                    "(no port, no wildcard)."
                 )
         for origin in self.cors_origins:
             if not ORIGIN.fullmatch(origin):

@@ -51,6 +51,7 @@ GIVEN: dict[str, tuple[list[str], str, Any]] = {
     "slow_reader_timeout": (["--slow_reader_timeout", "7"], "slow_reader_timeout_s", 7.0),
     "drain_timeout": (["--drain-timeout", "0"], "drain_timeout_s", 0.0),
     "cors_origin": (["--cors-origin", "https://a.example"], "cors_origins", ("https://a.example",)),
+    "allowed_host": (["--allowed-host", "llm.local"], "allowed_hosts", ("llm.local",)),
     "no_ui": (["--no-ui"], "has_ui", False),
     "docs": (["--docs"], "has_docs", True),
     "log_requests": (["--log-requests"], "log_requests", True),

@@ -33,6 +33,8 @@ ALICE = ApiKey("alice", "secret-of-alice")
         {"in_process": True, "on_engine_failure": "restart"},
         {"cors_origins": ("*",)},
         {"cors_origins": ("https://a.example/path",)},
+        {"allowed_hosts": ("*.example",)},
+        {"allowed_hosts": ("a.example:80",)},
         {"served_model_names": ("two words",)},
         {"api_keys": (ALICE, ApiKey("alice", "other"))},
         {"api_keys": (ALICE, ApiKey("bob", "secret-of-alice"))},
