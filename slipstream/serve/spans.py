@@ -7,6 +7,7 @@ other engines export. Text never leaves in a span.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +16,8 @@ from slipstream.core.errors import ConfigError, MissingExtraError
 from slipstream.serve.request_facts import RequestFacts
 
 SERVICE_NAME = "slipstream"
-FLUSH_MS = 2000
+# What a collector that does not answer may hold up the end of a server.
+FLUSH_S = 2.0
 # Attribute -> time of RequestMetrics.
 LATENCIES = {
     "gen_ai.latency.time_in_queue": "queue_s",
@@ -82,9 +84,10 @@ class Spans:
         return found
 
     def close(self) -> None:
-        """Send what is left, for two seconds at most, and stop."""
-        self._provider.force_flush(FLUSH_MS)
-        self._provider.shutdown()
+        """Send what is left, for `FLUSH_S` at most, and stop."""
+        ending = threading.Thread(target=self._provider.shutdown, name="slipstream-spans", daemon=True)
+        ending.start()
+        ending.join(FLUSH_S)
 
 
 def open_spans(endpoint: str, *, model: str) -> Spans:

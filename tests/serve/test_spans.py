@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from slipstream.core.errors import ConfigError, MissingExtraError
 from slipstream.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from slipstream.serve.request_facts import RequestFacts, current_facts
 from slipstream.serve.request_log import RequestLog
-from slipstream.serve.spans import Spans, open_spans
+from slipstream.serve.spans import FLUSH_S, Spans, open_spans
 
 pytest.importorskip("opentelemetry.sdk.trace", reason="needs the extra otel")
 
@@ -140,6 +142,16 @@ def test_spans_reach_a_collector() -> None:
         server.server_close()
     assert [path for path, _ in received] == ["/v1/traces"]
     assert b"job-7" in received[0][1]
+
+
+def test_a_collector_that_does_not_answer_holds_nobody_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        spans = open_spans(f"http://127.0.0.1:{silent.getsockname()[1]}", model="served")
+        spans.record(RequestFacts("job-8", "GET", "/health"))
+        before = time.monotonic()
+        spans.close()
+        # By itself the exporter waits for ten seconds.
+        assert time.monotonic() - before < FLUSH_S + 4.0
 
 
 @pytest.mark.parametrize("endpoint", ["", "collector:4317", "grpc://host:4317", "http://", "file:///etc/x"])
