@@ -125,6 +125,7 @@ class EngineProcess:
         self._clean()
 
     def kill(self) -> None:
+        """End the present process at once; where it is to be restarted, it is."""
         child = self._child
         if child is not None:
             child.kill()
