@@ -1,6 +1,7 @@
 """How are a checkpoint's tensors placed: one after another, or several at once?
 
-On a CPU one after another: reading and converting are bound by the same memory. To a GPU several threads
+On a CPU one after another, and straight into its place where the type is the same: reading and converting are
+bound by the same memory. To a GPU several threads
 place a tensor each, so that reading files, copying and converting overlap (`checkpoint/staging.py`).
 Invariant: the first thing that goes wrong is what is raised, after every thread has ended; tensors are begun
 in file order.
@@ -14,7 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from slipstream.checkpoint.base import WeightTensor
-from slipstream.checkpoint.staging import Staging
+from slipstream.checkpoint.safetensors_reader import DTYPES
+from slipstream.checkpoint.staging import MIN_DIMS, Staging
+from slipstream.layers.parameter import Parameter, Slot
 from slipstream.models.weight_map import Place
 
 # One thread copies from the page cache at some 3 to 6 GB/s; more than this many gain little.
@@ -69,10 +72,34 @@ def place_one(place: Place, tensor: WeightTensor) -> None:
     if place.parameter is None:
         return
     change = place.transform
+    if change is None and read_in_place(place.parameter, tensor, place.slot):
+        return
     if change is None:
         place.parameter.place(tensor, place.slot)
     else:
         place.parameter.place(tensor, place.slot, change.apply, change.multiple)
+
+
+def read_in_place(parameter: Parameter, tensor: WeightTensor, slot: str) -> bool:
+    """Read a tensor straight into the memory of a parameter of its type, if it may stay as it is stored.
+
+    Not on a GPU, not where a part of each row is wanted, and not for vectors, which are checked for NaN.
+    """
+    is_plain = type(parameter) is Parameter and len(tensor.shape) >= MIN_DIMS
+    if not is_plain or tensor.read_into is None or parameter.device.type != "cpu":
+        return False
+    if DTYPES.get(tensor.dtype) != parameter.dtype or not parameter.data.is_contiguous():
+        return False
+    rule = parameter.slots[slot]
+    is_by_columns = (parameter.dim or 0) != 0
+    if is_by_columns and rule.length != rule.full:
+        return False
+    parameter.check_shape(tensor, slot)
+    if is_by_columns:
+        rule = Slot(tensor.shape[0], 0, tensor.shape[0])
+    target = parameter.data[rule.offset : rule.offset + rule.length]
+    tensor.read_into(rule.start, rule.start + rule.length, target.view(-1).view(torch.uint8).numpy())
+    return True
 
 
 def device_of(places: Mapping[str, Place]) -> torch.device:

@@ -17,7 +17,7 @@ from slipstream.checkpoint.staging import MIN_BUFFER_BYTES, NUM_BUFFERS, Staging
 from slipstream.core.errors import CheckpointError
 from slipstream.models.llama import Llama, LlamaConfig
 from slipstream.models.loading import fitting_tensors
-from slipstream.models.placing import device_of, place_all
+from slipstream.models.placing import device_of, place_all, read_in_place
 from slipstream.parallel.mesh import Mesh
 from slipstream.quant.unquantized import Unquantized
 from tests.models.twins import make_llama
@@ -136,6 +136,37 @@ def test_a_file_that_changes_meanwhile_is_refused(folder: Path, num_threads: int
     finally:
         checkpoint.close()
     assert threading.active_count() == before
+
+
+def test_only_what_may_stay_as_it_is_is_read_in_place(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    try:
+        narrow, wide = build(checkpoint, torch.bfloat16), build(checkpoint)
+        names = {name: tensor for tensor in checkpoint.tensors() for name in [tensor.name]}
+        places = (wide.weight_map("hf"), narrow.weight_map("hf"))
+        for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+            same, other = (found[name] for found in places)
+            assert same.parameter is not None and other.parameter is not None and same.slot in ("k", "up")
+            same.parameter.data.fill_(7.0)
+            assert read_in_place(same.parameter, names[name], same.slot)
+            rule = same.parameter.slots[same.slot]
+            assert torch.equal(
+                same.parameter[rule.offset : rule.offset + rule.length], names[name].read_all()
+            )
+            # Neighbours in the fused matrix are not touched.
+            assert int((same.parameter == 7.0).all(1).sum()) == same.parameter.shape[0] - rule.length
+            assert not read_in_place(other.parameter, names[name], other.slot)
+        norm, down = "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
+        assert not read_in_place(places[0][norm].parameter, names[norm], "")
+        # Whole rows, though a rank would own some of their columns; a share of them comes by chunks.
+        whole = places[0][down].parameter
+        assert read_in_place(whole, names[down], "") and torch.equal(whole.data, names[down].read_all())
+        whole.slots = {"": dataclasses.replace(whole.slots[""], length=whole.slots[""].length // 2)}
+        assert not read_in_place(whole, names[down], "")
+        with pytest.raises(CheckpointError, match="has shape"):
+            read_in_place(places[0]["model.embed_tokens.weight"].parameter, names[down], "")
+    finally:
+        checkpoint.close()
 
 
 def test_the_device_is_the_parameters(folder: Path) -> None:
