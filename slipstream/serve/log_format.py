@@ -18,6 +18,8 @@ from slipstream.serve.request_facts import current_facts
 # C0 and C1 controls, line and paragraph separators, and what reverses or hides text.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 MAX_TEXT = 4096
+OURS = ("slipstream", "uvicorn", "uvicorn.error")
+LOGGERS = (*OURS, "asyncio", "opentelemetry")
 
 
 def escaped(text: str) -> str:
@@ -80,12 +82,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_server_log(*, as_json: bool) -> None:
-    """Write the log of this process, uvicorn's with it, to standard error in this form."""
+    """Write the log of this process and of the libraries that serve it to standard error in this form."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else PlainFormatter())
-    level = env.log_level()
-    for name in ("slipstream", "uvicorn", "uvicorn.error"):
+    for name in LOGGERS:
         logger = logging.getLogger(name)
-        logger.handlers = [] if name == "uvicorn.error" else [handler]
-        logger.propagate = name == "uvicorn.error"
-        logger.setLevel(level)
+        logger.handlers, logger.propagate = [handler], False
+        # What libraries say below a warning is for their own authors.
+        logger.setLevel(env.log_level() if name in OURS else max(logging.WARNING, logger.level))

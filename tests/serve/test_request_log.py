@@ -15,7 +15,14 @@ from fastapi.testclient import TestClient
 from starlette.responses import StreamingResponse
 
 from slipstream.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from slipstream.serve.log_format import MAX_TEXT, JsonFormatter, PlainFormatter, configure_server_log, escaped
+from slipstream.serve.log_format import (
+    LOGGERS,
+    MAX_TEXT,
+    JsonFormatter,
+    PlainFormatter,
+    configure_server_log,
+    escaped,
+)
 from slipstream.serve.request_facts import RequestFacts, current_facts
 from slipstream.serve.request_ids import request_id_of
 from slipstream.serve.request_log import RequestLog, log_entry
@@ -91,7 +98,7 @@ class Site:
 @pytest.fixture(autouse=True)
 def keep_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("SLIPSTREAM_LOG", raising=False)
-    names = ("slipstream", "uvicorn", "uvicorn.error", "slipstream.serve.request_log")
+    names = (*LOGGERS, "slipstream.serve.request_log")
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
     yield
@@ -208,6 +215,13 @@ def test_a_client_that_leaves_counts_as_such() -> None:
         log(scope, None, None).send(None)  # type: ignore[arg-type, attr-defined]
     assert seen.seen == [("unmatched", 499)]
     assert current_facts() is None
+
+
+def test_libraries_log_in_the_same_form() -> None:
+    site = Site(as_json=True)
+    for name in ("uvicorn.error", "asyncio", "opentelemetry.exporter"):
+        logging.getLogger(name).warning("trouble\nat the mill")
+    assert [json.loads(line)["message"] for line in site.lines] == ["trouble\\nat the mill"] * 3
 
 
 def test_long_text_is_cut() -> None:
