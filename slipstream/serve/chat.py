@@ -17,7 +17,6 @@ from slipstream.engine.service import EngineService
 from slipstream.serve.chat_chunks import ChatChunks, ChatForm
 from slipstream.serve.completions import check_prompt_logprobs, token_names
 from slipstream.serve.context import ServeContext
-from slipstream.serve.errors import JsonResponse
 from slipstream.serve.json_body import read_body
 from slipstream.serve.logprobs import prompt_fields
 from slipstream.serve.openapi import describe_body
@@ -61,7 +60,7 @@ async def chat(http: HttpRequest, context: ServeContext) -> Any:
         stream, first = await begin(http, context, [request])
         return EventStreamResponse(stream, first, ChatChunks(head, form))
     [output] = await answers(http, context, [request])
-    return JsonResponse(await context.off_loop(whole, output, head, form, body.prompt_logprobs))
+    return await context.json_off_loop(whole, output, head, form, body.prompt_logprobs)
 
 
 def prepare(body: ChatBody, head: AnswerHead, service: EngineService, context: ServeContext) -> Request:

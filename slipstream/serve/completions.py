@@ -16,7 +16,6 @@ from slipstream.engine.prompts import Encoded
 from slipstream.engine.service import EngineService
 from slipstream.serve.completion_chunks import CompletionChunks, CompletionForm
 from slipstream.serve.context import ServeContext
-from slipstream.serve.errors import JsonResponse
 from slipstream.serve.json_body import read_body
 from slipstream.serve.logprobs import TokenNames, prompt_fields
 from slipstream.serve.openapi import describe_body
@@ -63,7 +62,7 @@ async def complete(http: HttpRequest, context: ServeContext) -> Any:
         stream, first = await begin(http, context, prepared.requests)
         return EventStreamResponse(stream, first, CompletionChunks(head, prepared.form))
     outputs = await answers(http, context, prepared.requests)
-    return JsonResponse(await context.off_loop(whole, outputs, head, prepared.form, body.prompt_logprobs))
+    return await context.json_off_loop(whole, outputs, head, prepared.form, body.prompt_logprobs)
 
 
 def prepare(

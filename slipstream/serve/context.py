@@ -13,10 +13,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import msgspec
+
 from slipstream.core.checks import shown
 from slipstream.engine.service import EngineService
-from slipstream.serve.errors import RETRY_AFTER, ApiError
+from slipstream.serve.admission import Admission
+from slipstream.serve.errors import RETRY_AFTER, ApiError, JsonResponse
 from slipstream.serve.prompt_work import PromptWork
+from slipstream.serve.settings import ServeSettings
 from slipstream.serve.streams import StreamHub
 
 T = TypeVar("T")
@@ -36,9 +40,9 @@ class ServeContext:
     what would block the event loop.
     """
 
-    settings: Any
+    settings: ServeSettings
     model_names: Sequence[str]
-    admission: Any
+    admission: Admission | None
     metrics: Any = None
     spans: Any = None
     refusal: ApiError | None = dataclasses.field(
@@ -90,6 +94,10 @@ class ServeContext:
         """Do work on a worker thread, so that the event loop goes on."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.workers, functools.partial(work, *arguments, **options))
+
+    async def json_off_loop(self, work: Callable[..., Any], *arguments: Any) -> JsonResponse:
+        """Answer with what `work` returns; a worker thread does it, and encodes it."""
+        return JsonResponse(await self.off_loop(lambda: msgspec.json.encode(work(*arguments))))
 
     def check_model(self, name: str | None, param: str = "model") -> str:
         """Return the name of the model to use; unset is the first one served. Raises ApiError (404)."""

@@ -17,7 +17,7 @@ from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine.pooling import hidden_states_only, pool
 from slipstream.engine.service import EngineService
 from slipstream.serve.context import ServeContext
-from slipstream.serve.errors import JsonResponse, of_request
+from slipstream.serve.errors import of_request
 from slipstream.serve.json_body import read_body
 from slipstream.serve.openapi import describe_body
 from slipstream.serve.requests.completion import PromptItem, prompts_of
@@ -50,7 +50,7 @@ async def embed(http: HttpRequest, context: ServeContext) -> Response:
     options = options_of(body.timeout, context.settings.request_timeout_s)
     requests = await context.off_loop(prepare, body, prompts, head, service, context, options)
     outputs = await answers(http, context, requests)
-    return JsonResponse(await context.off_loop(whole, outputs, body, head))
+    return await context.json_off_loop(whole, outputs, body, head)
 
 
 def prepare(

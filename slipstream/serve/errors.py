@@ -14,7 +14,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from slipstream.core.errors import ConfigError, EngineError, RequestError
@@ -40,6 +40,9 @@ STATUS_OF_CODE = {
     "numerical_error": 500,
     "processing_error": 500,
 }
+# An answer that nobody waits for any more; the status is for the log.
+CLIENT_CLOSED = 499
+CLOSED_MESSAGE = "The client closed the connection."
 RETRY_AFTER = {"Retry-After": "5"}
 MAX_SHOWN_PATH = 120
 
@@ -78,10 +81,10 @@ class ApiError(Exception):
 
 
 class JsonResponse(Response):
-    """A JSON body, encoded by msgspec."""
+    """A JSON body, encoded by msgspec; bytes are JSON already."""
 
     def __init__(self, content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        body = msgspec.json.encode(content)
+        body = content if isinstance(content, bytes) else msgspec.json.encode(content)
         super().__init__(body, status, headers=headers, media_type="application/json")
 
 
@@ -104,6 +107,8 @@ def of_exception(error: Exception, request_id: str) -> ApiError:
         return error
     if isinstance(error, RequestError):
         return of_request(error)
+    if isinstance(error, ClientDisconnect):
+        return ApiError(CLIENT_CLOSED, CLOSED_MESSAGE, code="client_closed")
     if isinstance(error, EngineError):
         logger.error("request %s: %s", request_id, error)
         message = "The engine has stopped and takes no requests; try again once the server is ready."

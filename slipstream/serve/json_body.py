@@ -111,6 +111,13 @@ def _of_validation(error: ValidationError) -> ApiError:
     field = ".".join(map(str, first["loc"])) or "body"
     if first["type"] == "missing":
         return ApiError(400, f"{field} is missing; it is required.", param=field, code="missing_field")
+    if first["type"] == "extra_forbidden":
+        return ApiError(
+            400,
+            f"There is no field {field[:64]!r} here.",
+            param=field.partition(".")[0],
+            code="unknown_field",
+        )
     hint = str(first["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     message = f"{field} must be {hint}, not {shown(first['input'])}."
     return ApiError(400, message, param=field.partition(".")[0], code="invalid_value")

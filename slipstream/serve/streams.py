@@ -20,12 +20,10 @@ from starlette.types import Message, Receive, Scope, Send
 from slipstream.core.outputs import RequestOutput
 from slipstream.core.request import Request
 from slipstream.engine.service import EngineService
-from slipstream.serve.errors import ApiError, of_exception
+from slipstream.serve.errors import CLIENT_CLOSED, CLOSED_MESSAGE, ApiError, of_exception
 from slipstream.serve.request_facts import current_facts
 from slipstream.serve.request_ids import request_id_of
 
-# An answer that nobody waits for any more; the status is for the log.
-CLIENT_CLOSED = 499
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -128,7 +126,7 @@ class AnswerStream:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self.is_disconnected:
-            raise ApiError(CLIENT_CLOSED, "The client closed the connection.", code="client_closed")
+            raise ApiError(CLIENT_CLOSED, CLOSED_MESSAGE, code="client_closed")
         items, self._items = self._items, []
         return items
 

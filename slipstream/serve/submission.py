@@ -58,6 +58,7 @@ async def submit(
     key = key_name_of(http.scope)
     requests = [in_namespace(request, key) for request in requests]
     num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    assert context.admission is not None, "it is there before the engine is"
     ticket = context.admission.admit(
         key,
         num_requests=sum(request.num_samples for request in requests),

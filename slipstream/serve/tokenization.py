@@ -26,14 +26,14 @@ def add_routes(app: FastAPI, context: ServeContext) -> None:
         service = context.check_open()
         body = await read_body(http, context, TokenizeBody)
         context.check_model(body.model)
-        return JsonResponse(await context.off_loop(to_ids, body, service, context))
+        return await context.json_off_loop(to_ids, body, service, context)
 
     async def detokenize(http: HttpRequest) -> Response:
         """Return the text of ids."""
         service = context.check_open()
         body = await read_body(http, context, DetokenizeBody)
         context.check_model(body.model)
-        return JsonResponse(await context.off_loop(to_text, body, service))
+        return await context.json_off_loop(to_text, body, service)
 
     async def tokenizer_info() -> Response:
         """Return what a client needs to know of the tokenizer: special tokens, size, chat template."""

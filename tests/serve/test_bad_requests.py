@@ -356,6 +356,9 @@ def test_a_field_that_is_not_served_is_refused_by_name(tiny: RunningServer, path
 
 @pytest.mark.parametrize("path", POST_ROUTES)
 def test_an_unknown_field_is_refused_with_the_nearest_name(tiny: RunningServer, path: str) -> None:
+    if path in GENERATING:
+        nested = tiny.refusal(path, **VALID[path], stream=True, stream_options={"usage": True})
+        assert nested["code"] == "unknown_field" and nested["param"] == "stream_options"
     error = tiny.refusal(path, **VALID[path], modle="tiny")
     assert error["code"] == "unknown_field" and "'model'" in error["message"]
     long = tiny.refusal(path, **VALID[path], **{"x" * 100_000: 1})

@@ -214,6 +214,18 @@ def test_r34_a_thousand_who_leave(tiny: RunningServer) -> None:
     tiny.wait_idle()
 
 
+def test_r34_who_leaves_while_sending_is_no_failure_of_ours(
+    tiny: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += "Content-Length: 999\r\n\r\n"
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=DEADLINE_S) as connection:
+            connection.sendall(head.encode() + b'{"prompt":')
+    assert tiny.ok(COMPLETIONS, prompt="ba")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_r34_a_stream_that_is_left_is_aborted_at_once(tiny: RunningServer) -> None:
     """The engine would need some hundred steps to end it; it is gone before."""
     aborted: list[str] = []

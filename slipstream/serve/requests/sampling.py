@@ -63,7 +63,7 @@ class StreamOptions(RequestBody):
 
 
 class GenerationBody(RequestBody):
-    """What every body that generates may hold."""
+    """What every body that generates may hold. `user` is the client's own label; nothing depends on it."""
 
     model: str | None = None
     stream: bool | None = None
