@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -309,3 +311,63 @@ def test_r72_a_request_past_its_deadline_is_dropped_before_prefill(folder: Path)
         assert service is not None
         # The busy one's two tokens and the warm-up's one were queried; the late prompt of eight never was.
         assert service.stats().result(DEADLINE_S)["num_queried_tokens"] <= 3
+
+
+def test_r03_the_real_server_has_the_guards(folder: Path) -> None:
+    with running(folder, header_timeout_s=0.3, max_body_bytes=4096) as run:
+        run.wait_ready()
+        host, port = run.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=DEADLINE_S) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: ")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+        assert run.client.get("/" + "a" * 9000).status_code == 414
+        assert run.client.get("/", headers={"X-Big": "b" * 40_000}).status_code == 431
+        assert run.complete(prompt="x" * 5000).status_code == 413
+        assert run.client.get("/health", headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_r81_two_keys_share_a_busy_server(folder: Path) -> None:
+    """The loud key's flood is cut to its share; the quiet one is served among it."""
+    keys = (ApiKey("loud", "loud-key"), ApiKey("quiet", "quiet-key"))
+    settings = {"api_keys": keys, "max_queued_requests": 6, "drain_timeout_s": 0.0}
+    with running(folder, max_batch_size=2, **settings) as run:
+        run.wait_ready()
+        loud, quiet = ({"Authorization": f"Bearer {key}"} for key in ("loud-key", "quiet-key"))
+        statuses: list[tuple[int, str]] = []
+        body = {"model": MODEL, "prompt": "ba de", "max_tokens": 200, "ignore_eos": True}
+
+        def flood() -> None:
+            answer = httpx.post(f"{run.url}/v1/completions", json=body, headers=loud, timeout=DEADLINE_S)
+            code = "" if answer.status_code == 200 else answer.json()["error"]["code"]
+            statuses.append((answer.status_code, code))
+
+        flooding = [threading.Thread(target=flood, daemon=True) for _ in range(24)]
+        for thread in flooding:
+            thread.start()
+        wait_until(lambda: run.server.context.admission.num_refused > 0)
+        few = {**body, "max_tokens": 2}
+        for _ in range(3):
+            assert run.client.post("/v1/completions", json=few, headers=quiet).status_code == 200
+        for thread in flooding:
+            thread.join(DEADLINE_S)
+        refused = [code for status, code in statuses if status == 429]
+        assert len(statuses) == 24 and {status for status, _ in statuses} == {200, 429}
+        assert "key_share_exceeded" in refused and statuses.count((200, "")) >= 7
+
+
+def test_it_speaks_tls(folder: Path, tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    line = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    try:
+        subprocess.run(
+            ["openssl", *line.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True
+        )
+    except FileNotFoundError:
+        pytest.skip("openssl makes the certificate, and this machine has none")
+    with running(folder, ssl_certfile=str(certificate), ssl_keyfile=str(key)) as run:
+        run.client = httpx.Client(base_url=run.url, verify=str(certificate), timeout=DEADLINE_S)
+        assert run.url.startswith("https://")
+        run.wait_ready()
+        assert run.complete().status_code == 200
+        assert len(run.complete(stream=True, max_tokens=50).text.split("data: ")) > 20
+        assert run.client.get("/" + "a" * 9000).status_code == 414
