@@ -69,8 +69,18 @@ def engine_facts(startup: Any, model: str) -> EngineFacts:
         model=Path(model).name if Path(model).exists() else model,
         dtype=startup.resolved.dtype,
         quantization="none" if linear == "Unquantized" else linear,
-        kernels={"attention": type(runner.backend).__name__, "linear": linear},
+        kernels={"attention": type(runner.backend).__name__, "linear": linear, **outside_kernels(startup)},
     )
+
+
+def outside_kernels(startup: Any) -> dict[str, str]:
+    """Return the kernels from outside that compute ops of this engine, by op."""
+    from slipstream.kernels.plugins import KERNELS, KernelFacts, choose_kernel
+
+    facts = KernelFacts(device=startup.resolved.device, dtype=startup.resolved.dtype)
+    plugins = KERNELS.plugins()
+    chosen = {plugin.op: choose_kernel(plugin.op, facts, plugins)[0] for plugin in plugins}
+    return {op: plugin.name for op, plugin in chosen.items() if plugin is not None}
 
 
 def summarize(

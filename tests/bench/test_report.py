@@ -20,6 +20,9 @@ from slipstream.bench.report import (
 )
 from slipstream.bench.workload import BenchRequest
 from slipstream.core.errors import ConfigError
+from slipstream.kernels import KernelCapability, register_kernel, unregister_kernel
+from slipstream.kernels.rms_norm import rms_norm
+from slipstream.kernels.silu_and_mul import silu_and_mul
 from slipstream.llm import LLM
 
 FACTS = EngineFacts(
@@ -107,6 +110,18 @@ def test_the_parts_in_use_are_named(tiny_llm: LLM) -> None:
     assert facts.kernels["attention"] == type(tiny_llm.startup.engine.runner.backend).__name__
     assert facts.kernels["linear"] == "Unquantized" and facts.quantization == "none"
     assert facts.dtype == "float32"
+
+
+def test_kernels_from_outside_are_named_too(tiny_llm: LLM) -> None:
+    capability = KernelCapability(devices=frozenset({"cpu"}))
+    register_kernel(silu_and_mul, op="silu_and_mul", name="mine", capability=capability)
+    register_kernel(rms_norm, op="rms_norm", name="checked", capability=capability, priority=0)
+    try:
+        kernels = engine_facts(tiny_llm.startup, "m").kernels
+    finally:
+        unregister_kernel("mine")
+        unregister_kernel("checked")
+    assert kernels["silu_and_mul"] == "mine" and "rms_norm" not in kernels
 
 
 def test_a_path_is_reduced_to_its_name(tiny_llm: LLM, tmp_path: Path) -> None:
