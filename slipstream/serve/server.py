@@ -248,7 +248,7 @@ class ApiServer:
             await asyncio.sleep(0.02)
         if self.context.metrics is not None:
             self.context.metrics.close()
-        self.context.workers.shutdown(wait=False, cancel_futures=True)
+        self.context.close()
 
 
 async def _warm_up(service: EngineService) -> bool:
