@@ -21,8 +21,8 @@ from typing import IO, Any
 
 import msgspec
 
-from slipstream.core.env import log_level
 from slipstream.core.errors import SlipstreamError
+from slipstream.core.log_lines import write_log
 from slipstream.core.request import Request
 from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine.client import InProcessClient
@@ -92,7 +92,7 @@ def run_engine_process(make: MakeEngine = make_engine) -> int:
     order = msgspec.json.decode(orders.readline(), type=Order)
     _die_with(order.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=log_level(), format="%(asctime)s %(levelname)s engine: %(message)s")
+    write_log(as_json=order.log_json)
     parent = Parent(orders)
     try:
         served = make(read_config(order.config), status.progress)

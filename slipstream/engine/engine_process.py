@@ -57,12 +57,14 @@ class EngineProcess:
         module: str = ENGINE_MODULE,
         use_tcp: bool = False,
         progress: Progress | None = None,
+        log_json: bool = False,
     ) -> None:
         self._config = config_message(config)
         self._restart = restart
         self._limits = limits or LivenessLimits()
         self._module = module
         self._progress = progress
+        self._log_json = log_json
         self._folder = None if use_tcp or not has_unix_sockets() else private_folder()
         self.endpoint: Endpoint = make_endpoint(self._folder)
         self.info: EngineInfo | None = None
@@ -201,7 +203,7 @@ class EngineProcess:
             env=child_environment(),
             start_new_session=True,
         )
-        order = Order(self._config, self.endpoint, os.getpid())
+        order = Order(self._config, self.endpoint, os.getpid(), self._log_json)
         assert child.stdin is not None
         with contextlib.suppress(OSError):
             child.stdin.write(msgspec.json.encode(order) + b"\n")

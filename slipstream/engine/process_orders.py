@@ -11,11 +11,12 @@ from slipstream.engine.sockets import Endpoint
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What to run and where to listen; `config` is an `engine.config_message`."""
+    """What to run, where to listen and how to log; `config` is an `engine.config_message`."""
 
     config: dict[str, Any]
     endpoint: Endpoint
     parent_pid: int
+    log_json: bool = False
 
 
 class Progressed(msgspec.Struct, frozen=True, tag=True):

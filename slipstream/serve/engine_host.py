@@ -72,7 +72,13 @@ class EngineGroup:
     def __init__(self, config: EngineConfig, settings: ServeSettings, progress: Progress) -> None:
         restart = settings.on_engine_failure == "restart"
         self.processes = [
-            EngineProcess(config, restart=restart, limits=limits_of(settings), progress=progress)
+            EngineProcess(
+                config,
+                restart=restart,
+                limits=limits_of(settings),
+                progress=progress,
+                log_json=settings.log_json,
+            )
             for _ in range(settings.num_engines)
         ]
         self._is_stopping = threading.Event()

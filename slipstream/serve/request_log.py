@@ -12,8 +12,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from slipstream.core.log_lines import escaped
 from slipstream.serve.context import ServeContext
-from slipstream.serve.log_format import escaped
 from slipstream.serve.request_facts import RequestFacts, answering
 from slipstream.serve.request_ids import STATE_KEY, request_id_of
 from slipstream.serve.spans import Spans

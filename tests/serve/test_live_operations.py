@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,13 @@ def test_the_trace_crosses_from_the_engine_s_process(
     page = tmp_path / "trace.html"
     assert run_command(["trace", server.url, "-o", str(page)]) == 0
     assert lanes[-1].request_id in page.read_text(encoding="utf-8")
+
+
+def test_every_process_logs_as_json(server: LiveServer, asked: list[dict[str, Any]]) -> None:
+    """What is for people at the start stands apart."""
+    said = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR)\b")
+    log = [line for line in list(server.lines) if '"level"' in line or said.search(line)]
+    assert len(log) >= NUM_REQUESTS and all(json.loads(line)["logger"] for line in log)
 
 
 def test_r80_both_workers_log_without_text(server: LiveServer, asked: list[dict[str, Any]]) -> None:

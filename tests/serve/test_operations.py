@@ -11,8 +11,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from slipstream.core.errors import EngineError
+from slipstream.core.log_lines import JsonLines
 from slipstream.engine.service import EngineService
-from slipstream.serve.log_format import JsonFormatter
+from slipstream.serve.log_format import current_request_id
 from slipstream.serve.metrics import PREFIX, ServeMetrics
 from slipstream.serve.settings import ApiKey, ServeSettings
 from slipstream.trace.reading import decode_trace, read_trace
@@ -29,12 +30,12 @@ BODY: dict[str, Any] = {
 }
 
 
-class JsonLines(logging.Handler):
+class KeptLines(logging.Handler):
     """Keeps what the log says, as a structured log writes it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(JsonFormatter())
+        self.setFormatter(JsonLines(request_id=current_request_id))
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -93,7 +94,7 @@ def test_metrics_count_what_was_served(tiny: RunningServer, monkeypatch: pytest.
 
 def test_r80_the_log_holds_figures_and_no_text(tiny: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the whole path: whatever a prompt or a name holds, the log has its figures and its id alone."""
-    lines = JsonLines()
+    lines = KeptLines()
     logger = logging.getLogger("slipstream")
     logger.addHandler(lines)
     monkeypatch.setattr(logging.getLogger("slipstream.serve.request_log"), "level", logging.INFO)

@@ -14,15 +14,9 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from starlette.responses import StreamingResponse
 
+from slipstream.core.log_lines import LOGGERS, MAX_TEXT, JsonLines, PlainLines, escaped
 from slipstream.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from slipstream.serve.log_format import (
-    LOGGERS,
-    MAX_TEXT,
-    JsonFormatter,
-    PlainFormatter,
-    configure_server_log,
-    escaped,
-)
+from slipstream.serve.log_format import configure_server_log
 from slipstream.serve.request_facts import RequestFacts, current_facts
 from slipstream.serve.request_ids import request_id_of
 from slipstream.serve.request_log import RequestLog, log_entry
@@ -228,8 +222,8 @@ def test_long_text_is_cut() -> None:
     assert escaped("a" * (MAX_TEXT + 5)) == "a" * MAX_TEXT + f"... ({MAX_TEXT + 5} characters)"
     assert escaped("\ud800\u2028é") == "\\ud800\\u2028é"
     record = logging.LogRecord("n", logging.INFO, "", 0, "%s", ("a\nb",), None)
-    assert json.loads(JsonFormatter().format(record))["message"] == "a\\nb"
-    assert PlainFormatter().format(record).endswith(" INFO n a\\nb")
+    assert json.loads(JsonLines().format(record))["message"] == "a\\nb"
+    assert PlainLines().format(record).endswith(" INFO n a\\nb")
 
 
 def test_facts_without_an_output_have_no_figures() -> None:
