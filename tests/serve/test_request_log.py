@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from starlette.responses import StreamingResponse
 
-from slipstream.core.log_lines import LOGGERS, MAX_TEXT, JsonLines, PlainLines, escaped
+from slipstream.core.log_lines import LOGGERS
 from slipstream.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from slipstream.serve.log_format import configure_server_log
 from slipstream.serve.request_facts import RequestFacts, current_facts
@@ -209,21 +209,6 @@ def test_a_client_that_leaves_counts_as_such() -> None:
         log(scope, None, None).send(None)  # type: ignore[arg-type, attr-defined]
     assert seen.seen == [("unmatched", 499)]
     assert current_facts() is None
-
-
-def test_libraries_log_in_the_same_form() -> None:
-    site = Site(as_json=True)
-    for name in ("uvicorn.error", "asyncio", "opentelemetry.exporter"):
-        logging.getLogger(name).warning("trouble\nat the mill")
-    assert [json.loads(line)["message"] for line in site.lines] == ["trouble\\nat the mill"] * 3
-
-
-def test_long_text_is_cut() -> None:
-    assert escaped("a" * (MAX_TEXT + 5)) == "a" * MAX_TEXT + f"... ({MAX_TEXT + 5} characters)"
-    assert escaped("\ud800\u2028é") == "\\ud800\\u2028é"
-    record = logging.LogRecord("n", logging.INFO, "", 0, "%s", ("a\nb",), None)
-    assert json.loads(JsonLines().format(record))["message"] == "a\\nb"
-    assert PlainLines().format(record).endswith(" INFO n a\\nb")
 
 
 def test_facts_without_an_output_have_no_figures() -> None:
