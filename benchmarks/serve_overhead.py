@@ -74,11 +74,10 @@ async def stream(port: int, body: dict[str, Any], first_s: list[float]) -> int:
     """Read one stream; returns how many events it had."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    )
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
     started = time.perf_counter()
-    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    writer.write(head.encode() + data)
     count = 0
     tail = b""
     while part := await reader.read(1 << 16):
@@ -87,6 +86,7 @@ async def stream(port: int, body: dict[str, Any], first_s: list[float]) -> int:
         count += (tail + part).count(b"\ndata: ")
         tail = part[-6:]
     writer.close()
+    assert count, tail
     return count
 
 

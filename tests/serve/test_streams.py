@@ -176,7 +176,7 @@ def test_r33_an_error_ends_a_stream_with_an_event(
 def leave_after(server: RunningServer, body: dict[str, Any], num_bytes: int, delay_s: float) -> None:
     """Send a body, read so many bytes of the answer, wait a moment and close the connection."""
     data = json.dumps(body).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE_S) as connection:
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         received = 0
@@ -217,7 +217,7 @@ def test_r34_a_thousand_who_leave(tiny: RunningServer) -> None:
 def test_r34_who_leaves_while_sending_is_no_failure_of_ours(
     tiny: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += "Content-Length: 999\r\n\r\n"
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", tiny.port), timeout=DEADLINE_S) as connection:
