@@ -302,11 +302,16 @@ def hostile_frames(rng: random.Random, marker: Path) -> list[list[bytes]]:
     return frames
 
 
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 30))])
 def test_r62_r65_hostile_frames_are_dropped_and_counted(
-    server: EngineServer, service: EngineService, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: EngineServer,
+    service: EngineService,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    seed: int,
 ) -> None:
     marker = tmp_path / "code-has-run"
-    frames = hostile_frames(random.Random(5), marker)
+    frames = hostile_frames(random.Random(seed), marker)
     victim = Stream(service, prompt(3), 1500).begin()
     for parts in frames:
         with Stranger(server.endpoint) as stranger:

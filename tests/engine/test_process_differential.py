@@ -271,6 +271,26 @@ def test_r41_a_row_with_every_token_masked_ends_alone(remote: EngineService, loc
     assert send(remote, [9, 8], LONG).result(DEADLINE_S).error is None
 
 
+@pytest.mark.slow
+def test_real_weights_say_the_same(smollm2_path: Path) -> None:
+    """Packed weights and native steps: bits do not depend on where the process's memory lies."""
+    config = EngineConfig(model=str(smollm2_path))
+    params = SamplingParams(max_tokens=48, logprobs=2, n=2, temperature=0.8, seed=3)
+    greedy = SamplingParams(max_tokens=48, logprobs=2)
+    prompts = ["Once upon a time", "The capital of France is", "def fibonacci(n):", "List three rivers:"]
+    each: list[list[RequestOutput]] = []
+    for make in (local_service, process_service):
+        service = make(config)
+        try:
+            futures = [send(service, prompt, one) for prompt in prompts for one in (greedy, params)]
+            each.append([future.result(DEADLINE_S * 4) for future in futures])
+        finally:
+            service.close()
+    for one, other in zip(*each, strict=True):
+        same(one, other)
+        assert len(one.outputs[0].token_ids) >= 8
+
+
 def test_a_door_alone_loads_no_torch(config: EngineConfig, tmp_path: Path) -> None:
     """What serves HTTP beside an engine's process stays small."""
     import subprocess
