@@ -66,7 +66,11 @@ class EngineProcess:
         self._progress = progress
         self._log_json = log_json
         self._folder = None if use_tcp or not has_unix_sockets() else private_folder()
-        self.endpoint: Endpoint = make_endpoint(self._folder)
+        try:
+            self.endpoint: Endpoint = make_endpoint(self._folder)
+        except BaseException:
+            self._clean()
+            raise
         self.info: EngineInfo | None = None
         self.num_starts = 0
         self._liveness: Liveness | None = None

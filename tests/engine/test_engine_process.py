@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from slipstream.core.env import child_environment
-from slipstream.core.errors import CheckpointError, ConfigError, EngineError
+from slipstream.core.errors import CheckpointError, ConfigError, EngineError, MissingExtraError
+from slipstream.engine import sockets
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine_process import EngineProcess, start_engine_process
 from slipstream.engine.liveness import LivenessLimits
@@ -26,26 +27,32 @@ from tests.engine.served import DEADLINE_S, Stream, door, eventually, prompt
 CHILD = "tests.engine.fault_child"
 # What the table asks for: a dead engine is known within this.
 KNOWN_S = 5.0
-LIMITS = LivenessLimits(max_step_s=0.5, max_silence_s=1.2, kill_after_s=0.6)
+# For the tests of silence; the others go by the defaults, so that a busy machine fails none of them.
+SHORT = LivenessLimits(max_step_s=0.5, max_silence_s=1.2, kill_after_s=0.6)
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
 
 
 def start(model: str = "fake", **options: Any) -> EngineProcess:
-    return start_engine_process(EngineConfig(model=model), module=CHILD, limits=LIMITS, **options)
+    return start_engine_process(EngineConfig(model=model), module=CHILD, **options)
 
 
 @pytest.fixture
-def process() -> Iterator[EngineProcess]:
-    process = start()
+def limits() -> LivenessLimits:
+    return LivenessLimits()
+
+
+@pytest.fixture
+def process(limits: LivenessLimits) -> Iterator[EngineProcess]:
+    process = start(limits=limits)
     yield process
     process.stop()
     assert process.wait(0.0)
 
 
 @pytest.fixture
-def service(process: EngineProcess) -> Iterator[EngineService]:
-    with door(process.endpoint, limits=LIMITS) as service:
+def service(process: EngineProcess, limits: LivenessLimits) -> Iterator[EngineService]:
+    with door(process.endpoint, limits=limits) as service:
         yield service
 
 
@@ -104,7 +111,7 @@ def test_r37_a_start_that_fails_says_why_at_once(
 
 
 def test_r37_a_start_that_hangs_can_be_given_up() -> None:
-    process = EngineProcess(EngineConfig(model="hangs"), module=CHILD, limits=LIMITS)
+    process = EngineProcess(EngineConfig(model="hangs"), module=CHILD)
     raised: list[Exception] = []
 
     def start() -> None:
@@ -121,6 +128,26 @@ def test_r37_a_start_that_hangs_can_be_given_up() -> None:
     thread.join(DEADLINE_S)
     assert not thread.is_alive() and is_gone(pid)
     assert "SIGKILL" in str(raised[0])
+
+
+def test_without_pyzmq_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(sockets.importlib, "import_module", missing)
+    with pytest.raises(MissingExtraError, match=r"pip install 'slipstream-llm\[serve\]'"):
+        start()
+
+
+def test_a_folder_too_deep_for_a_socket_is_refused_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(sockets.tempfile, "tempdir", str(deep))
+    with pytest.raises(ConfigError, match="set TMPDIR to a shorter one"):
+        start()
+    assert list(deep.iterdir()) == []
 
 
 def test_a_configuration_that_cannot_cross_is_refused_by_name() -> None:
@@ -153,7 +180,7 @@ def test_r35_a_killed_engine_fails_what_runs_and_is_known(
 def test_r35_an_engine_that_is_started_again_serves_again() -> None:
     process = start(restart=True)
     try:
-        with door(process.endpoint, limits=LIMITS, awaits_restart=True) as service:
+        with door(process.endpoint, awaits_restart=True) as service:
             old = pid_of(process)
             stream = Stream(service, prompt(1), 20_000).begin()
             service.command("die")
@@ -168,6 +195,7 @@ def test_r35_an_engine_that_is_started_again_serves_again() -> None:
         process.stop()
 
 
+@pytest.mark.parametrize("limits", [SHORT], ids=["short"])
 @pytest.mark.parametrize("is_loaded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_r36_a_frozen_process_is_seen_and_then_killed(
     process: EngineProcess, service: EngineService, is_loaded: bool
@@ -185,6 +213,7 @@ def test_r36_a_frozen_process_is_seen_and_then_killed(
     eventually(lambda: service.health().state == "stopped", "it is not known", deadline_s=KNOWN_S)
 
 
+@pytest.mark.parametrize("limits", [SHORT], ids=["short"])
 @pytest.mark.slow
 def test_r36_a_process_that_comes_back_goes_on(process: EngineProcess, service: EngineService) -> None:
     stream = Stream(service, prompt(1), 100).begin()
@@ -196,6 +225,7 @@ def test_r36_a_process_that_comes_back_goes_on(process: EngineProcess, service: 
     stream.check()
 
 
+@pytest.mark.parametrize("limits", [SHORT], ids=["short"])
 def test_r36_a_step_that_does_not_end_is_seen_and_then_killed(
     process: EngineProcess, service: EngineService
 ) -> None:
