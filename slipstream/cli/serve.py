@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 EXTRA_PACKAGES = ("fastapi", "uvicorn", "httptools", "zmq", "prometheus_client", "starlette", "pydantic")
 MAX_KEY_FILE_BYTES = 1 << 20
+# Readers notice when the time between tokens more than doubles.
+DEFAULT_DECODE_STRETCH = 2.0
 
 
 def count_option(help: str) -> Any:
@@ -65,6 +67,12 @@ class ServeOptions:
     ] = None
     max_step_time: Annotated[
         float | None, seconds_option("A step that takes longer means a stuck engine (120s).")
+    ] = None
+    max_decode_stretch: Annotated[
+        float | None,
+        text_option(
+            "X", "A step with prompts takes at most X times as long as its decoding (2; 0: no bound)."
+        ),
     ] = None
     max_body_bytes: Annotated[
         int | None,
@@ -140,7 +148,7 @@ class ServeOptions:
         return ServeSettings(**{**from_file, **typed})
 
 
-_OWN_MEANING = ("api_key", "api_key_file", "admin_key", "admin_key_file", "no_ui")
+_OWN_MEANING = ("api_key", "api_key_file", "admin_key", "admin_key_file", "no_ui", "max_decode_stretch")
 _SETTING_OF = {
     "served_model_name": "served_model_names",
     "cors_origin": "cors_origins",
@@ -171,6 +179,20 @@ def read_keys(given: list[str] | None, file: Path | None, prefix: str) -> tuple[
     return keys + read_key_file(text, where=str(file), prefix=f"{prefix}-file" if keys else prefix)
 
 
+def paced(engine_options: dict[str, Any], stretch: float | None) -> dict[str, Any]:
+    """Return the options with streams kept fluent, unless they or `stretch` (0: no bound) say otherwise."""
+    from slipstream.engine.config import SchedulerConfig
+
+    scheduling = engine_options.get("scheduler_config") or SchedulerConfig()
+    is_whole = engine_options.get("enable_chunked_prefill") is False
+    if stretch is None:
+        if is_whole or scheduling.max_decode_stretch is not None:
+            return engine_options
+        stretch = DEFAULT_DECODE_STRETCH
+    scheduling = dataclasses.replace(scheduling, max_decode_stretch=stretch or None)
+    return {**engine_options, "scheduler_config": scheduling}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeJob:
     """A server to run until it is told to stop."""
@@ -195,7 +217,8 @@ class ServeJob:
             raise
         from_file = {} if self.engine.config is None else read_serve_section(self.engine.config)
         settings = self.options.to_settings(from_file)
-        config = EngineConfig(model=self.model, **self.engine.to_llm_options())
+        engine_options = paced(self.engine.to_llm_options(), self.options.max_decode_stretch)
+        config = EngineConfig(model=self.model, **engine_options)
         configure_server_log(as_json=settings.log_json)
         names = settings.served_model_names or (default_name(self.model),)
         settings = dataclasses.replace(settings, served_model_names=names)
