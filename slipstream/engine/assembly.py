@@ -203,7 +203,7 @@ def _build_engine(
 
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     with clock.phase("warm-up"):
-        bounds = _bounds_of(resolved, groups)
+        bounds = _bounds_of(resolved, groups, backend)
         make_small = functools.partial(make_runner, NUM_PAGES, resolved.max_seq_len)
         measured = _measure(make_small, memory, bounds, graph_sizes)
     free_bytes = memory.free()
@@ -261,7 +261,7 @@ def _measure(
     return measure_worst_case(make_runner, memory, bounds, graph_sizes=graph_sizes, num_graphs=count)
 
 
-def _bounds_of(resolved: ResolvedConfig, groups: list[CacheGroup]) -> StepBounds:
+def _bounds_of(resolved: ResolvedConfig, groups: list[CacheGroup], backend: AttentionBackend) -> StepBounds:
     return StepBounds(
         max_batch_size=resolved.max_batch_size,
         max_num_tokens=resolved.max_num_tokens,
@@ -269,6 +269,8 @@ def _bounds_of(resolved: ResolvedConfig, groups: list[CacheGroup]) -> StepBounds
         num_groups=len(groups),
         block_tokens=groups[0].block_tokens,
         depth=resolved.depth,
+        # Whose steps can be captured reads pages where they lie, whatever their number.
+        is_context_free=backend.capability.graph,
     )
 
 

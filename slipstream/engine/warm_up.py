@@ -40,7 +40,7 @@ GREEDY = RowSampling()
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepBounds:
-    """How large a step may get."""
+    """How large a step may get. `is_context_free` says that a longer context takes time, but no memory."""
 
     max_batch_size: int
     max_num_tokens: int
@@ -48,6 +48,7 @@ class StepBounds:
     num_groups: int
     block_tokens: int
     depth: int
+    is_context_free: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +74,8 @@ def worst_step(bounds: StepBounds, *, step_id: int = 0) -> StepPlan:
         # An upper bound: backends plan for a context of this length.
         plan.spans.append(Span(row, bounds.max_seq_len - 1, 1))
     for row, length in enumerate(chunks, start=num_rows - len(chunks)):
-        start = bounds.max_seq_len - length
-        plan.added.append(_request(bounds, row, num_tokens=bounds.max_seq_len, num_computed=start))
+        start = 0 if bounds.is_context_free else bounds.max_seq_len - length
+        plan.added.append(_request(bounds, row, num_tokens=start + length, num_computed=start))
         plan.spans.append(Span(row, start, length))
         plan.logits.append((row, start, length, "prompt_logprobs"))
     plan.sample = [span.row for span in plan.spans]
@@ -149,15 +150,16 @@ def measure_worst_case(
 def _measure_graphs(
     runner: Runner, memory: DeviceMemory, bounds: StepBounds, sizes: tuple[int, ...], num_graphs: int
 ) -> int:
-    """Capture the largest step both ways; return their pool, and for each graph what the driver took."""
-    pool, outside = runner.counters["graph_bytes"], memory.outside()
+    """Capture the largest step both ways; return their pool, and for each graph what the driver takes."""
+    pool = runner.counters["graph_bytes"]
     size = min(sizes[-1], bounds.max_batch_size)
-    plans = [decode_step(bounds, size, sampling, step_id=9) for sampling in (GREEDY, EVERYTHING)]
-    _run_outstanding(runner, plans, memory)
-    pool_bytes = runner.counters["graph_bytes"] - pool
-    # The first capture also loads kernels, so this is more than each of the later ones takes.
-    each = max(0, memory.outside() - outside) // len(plans)
-    return pool_bytes + each * num_graphs
+    outside: list[int] = []
+    for sampling in (GREEDY, EVERYTHING):
+        _run_outstanding(runner, [decode_step(bounds, size, sampling, step_id=9)], memory)
+        outside.append(memory.outside())
+    # The second capture's alone: the first also loads kernels.
+    each = max(0, outside[1] - outside[0])
+    return runner.counters["graph_bytes"] - pool + each * num_graphs
 
 
 def _run_outstanding(runner: Runner, plans: list[StepPlan], memory: DeviceMemory) -> None:

@@ -24,8 +24,15 @@ from slipstream.engine.faults import describe_fault
 from slipstream.engine.graph_config import NUM_PROMPT_LENGTHS, num_graphs
 from slipstream.engine.ledger import HostMemory, Ledger, memory_of, tensor_bytes
 from slipstream.engine.prompt_graphs import LENGTHS
-from slipstream.engine.runner import Runner
-from slipstream.engine.warm_up import EVERYTHING, NUM_PAGES, StepBounds, decode_step, worst_step
+from slipstream.engine.runner import Runner, StepHandle
+from slipstream.engine.warm_up import (
+    EVERYTHING,
+    NUM_PAGES,
+    StepBounds,
+    _measure_graphs,
+    decode_step,
+    worst_step,
+)
 from tests.bench.tiny_checkpoint import write_checkpoint
 from tests.engine.tiny import run_requests
 
@@ -89,10 +96,18 @@ def start(
     return assemble(EngineConfig(model=str(folder), **sizes)), plans
 
 
+@pytest.mark.parametrize("is_context_free", [False, True])
 @pytest.mark.parametrize("max_num_tokens", [4, 5, 6, 37, 50, 129])
 @pytest.mark.parametrize("max_batch_size", [1, 3, 4])
-def test_the_worst_step_fills_every_bound(max_num_tokens: int, max_batch_size: int) -> None:
-    bounds = dataclasses.replace(BOUNDS, max_num_tokens=max_num_tokens, max_batch_size=max_batch_size)
+def test_the_worst_step_fills_every_bound(
+    max_num_tokens: int, max_batch_size: int, is_context_free: bool
+) -> None:
+    bounds = dataclasses.replace(
+        BOUNDS,
+        max_num_tokens=max_num_tokens,
+        max_batch_size=max_batch_size,
+        is_context_free=is_context_free,
+    )
     plan = worst_step(bounds)
     assert plan.num_tokens == min(max_num_tokens, max_batch_size * bounds.max_seq_len)
     assert plan.sample == [span.row for span in plan.spans] == list(range(max_batch_size))
@@ -101,8 +116,11 @@ def test_the_worst_step_fills_every_bound(max_num_tokens: int, max_batch_size: i
     assert lengths == sorted(lengths) or max(lengths) == bounds.max_seq_len
     assert lengths.index(max(lengths)) >= lengths.count(1) or max(lengths) == 1
     for init, span in zip(plan.added, plan.spans, strict=True):
-        assert span.start + span.len == bounds.max_seq_len
-        assert len(init.tokens) in (1, bounds.max_seq_len) and len(init.blocks) == bounds.num_groups
+        # One-token rows name a bound alone; a chunk stands at the end of its context.
+        is_chunk = span.len > 1
+        end = span.len if is_chunk and is_context_free else bounds.max_seq_len
+        assert span.start + span.len == end and len(init.tokens) == (end if is_chunk else 1)
+        assert len(init.blocks) == bounds.num_groups
         assert {page for group in init.blocks for page in group} == {1} and init.sampling == EVERYTHING
     assert {row for row, *_ in plan.logits} == {span.row for span in plan.spans if span.len > 1}
 
@@ -112,6 +130,29 @@ def test_captured_steps_are_counted() -> None:
     assert num_graphs((1, 2, 4)) == 2 * (3 + NUM_PROMPT_LENGTHS) and num_graphs(()) == 0
     plan = decode_step(BOUNDS, 3, EVERYTHING, step_id=1)
     assert plan.removed == [0, 1, 2] == plan.sample and plan.num_tokens == 3
+
+
+def test_graphs_cost_their_pool_and_a_driver_share_each() -> None:
+    """The first capture loads 50 MiB of code, which is not counted for every later one."""
+
+    class Capturing:
+        def __init__(self) -> None:
+            self.counters = {"graph_bytes": 0}
+            self.sizes: list[int] = []
+
+        def launch(self, plan: StepPlan) -> Any:
+            self.sizes.append(len(plan.sample))
+            self.counters["graph_bytes"] += 30 * MIB
+            memory.taken += 3 * MIB if len(self.sizes) > 1 else 53 * MIB
+            return StepHandle(plan)
+
+        def sample(self, handle: StepHandle) -> None: ...
+
+        def collect(self, handle: StepHandle) -> None: ...
+
+    memory, runner = CountedMemory(), Capturing()
+    taken = _measure_graphs(runner, memory, BOUNDS, (1, 2, 8), 10)  # type: ignore[arg-type]
+    assert taken == (60 + 3 * 10) * MIB and runner.sizes == [4, 4]
 
 
 def test_the_pool_gets_what_the_worst_step_leaves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
