@@ -6,6 +6,7 @@ waits. Invariant: an engine that stops fails its own requests and no other; late
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -107,10 +108,17 @@ class RouterClient:
         The future brings merged statistics, else a list with what each returned, or None where none
         returned anything; one that raises is the future's.
         """
-        lanes = [lane for lane in self._lanes if not lane.cause]
-        if self._is_closed or not lanes:
-            raise EngineError(STOPPED if self._is_closed else self._cause())
-        return Gathered([lane.client.command(name, arguments) for lane in lanes], name).future
+        if self._is_closed:
+            raise EngineError(STOPPED)
+        futures: list[Future[Any]] = []
+        for lane in self._lanes:
+            # One that is being started again has nothing to do or tell.
+            with contextlib.suppress(EngineError):
+                if not lane.cause:
+                    futures.append(lane.client.command(name, arguments))
+        if not futures:
+            raise EngineError(self._cause())
+        return Gathered(futures, name).future
 
     def events(self, timeout_s: float) -> list[TokenEvent]:
         if self._is_closed:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,10 @@ from slipstream.engine import sockets
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine_process import EngineProcess, start_engine_process
 from slipstream.engine.liveness import LivenessLimits
+from slipstream.engine.process_client import ProcessClient
+from slipstream.engine.router_client import RouterClient
 from slipstream.engine.service import EngineService
-from tests.engine.served import DEADLINE_S, Stream, door, eventually, prompt
+from tests.engine.served import DEADLINE_S, INFO, Stream, door, eventually, prompt
 
 CHILD = "tests.engine.fault_child"
 # What the table asks for: a dead engine is known within this.
@@ -322,3 +327,40 @@ with door(Endpoint{(endpoint.address, endpoint.heartbeat, endpoint.secret)!r}) a
     eventually(lambda: stats().result(DEADLINE_S)["num_running"] == 0, "its request runs on")
     found = stats().result(DEADLINE_S)
     assert found["num_free_pages"] == found["num_pages"]
+
+
+@pytest.mark.slow
+def test_r35_engines_killed_at_random_leave_nobody_waiting() -> None:
+    """Two engines behind a router, one of them killed every 1.5 s: each request is whole or has its error."""
+    rng = random.Random(1)
+    processes = [start(restart=True) for _ in range(2)]
+    clients = [ProcessClient(process.endpoint, awaits_restart=True) for process in processes]
+    service = EngineService(INFO, RouterClient(clients), None)
+    streams: list[Stream] = []
+    num_kills, killed_s = 0, time.monotonic()
+    try:
+        while num_kills < 6:
+            with contextlib.suppress(EngineError):  # both are down
+                streams.append(Stream(service, prompt(rng.randrange(50)), rng.randrange(1, 60)))
+            if rng.random() < 0.1:
+                rng.choice(streams).abort()
+            if time.monotonic() - killed_s > 1.5:
+                rng.choice(processes).kill()
+                num_kills, killed_s = num_kills + 1, time.monotonic()
+            time.sleep(0.01)
+        outcomes: Counter[str] = Counter()
+        for stream in streams:
+            output = stream.wait()
+            if output.error is not None:
+                assert output.error.code == "engine_stopped"
+            elif output.outputs[0].finish_reason == "length":
+                stream.check()
+            outcomes[str(output.outputs[0].finish_reason)] += 1
+        assert outcomes["length"] > 100 and outcomes["error"] > 0 and outcomes["cancelled"] > 0
+        eventually(lambda: not service.health().cause, "they do not come back")
+        stats = service.stats().result(DEADLINE_S)
+        assert stats["num_running"] == 0 and stats["num_free_pages"] == stats["num_pages"] == 8000
+    finally:
+        service.close()
+        for process in processes:
+            process.stop()

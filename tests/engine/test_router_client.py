@@ -133,6 +133,20 @@ def test_commands_go_to_all(service: EngineService, clients: list[MortalClient])
     assert len(service.stats().result(DEADLINE_S)["engines"]) == 2
 
 
+def test_commands_pass_over_an_engine_that_is_being_started_again(
+    service: EngineService, clients: list[MortalClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: Any) -> Any:
+        raise EngineError("it is being started again")
+
+    monkeypatch.setattr(clients[0], "command", gone)
+    assert len(service.stats().result(DEADLINE_S)["engines"]) == 2
+    for client in clients:
+        monkeypatch.setattr(client, "command", gone)
+    with pytest.raises(EngineError):
+        service.command("echo", x=1)
+
+
 def test_engines_in_processes_of_their_own() -> None:
     with serving(fake_client(step_s=STEP_S)) as one, serving(fake_client(step_s=STEP_S)) as other:
         clients: list[Any] = [ProcessClient(server.endpoint) for server in (one, other)]
