@@ -45,11 +45,14 @@ def _missing_memory(error: BaseException) -> str:
 
 
 def op_at_fault(error: BaseException) -> str:
-    """Return the op that an exception came out of, "" where it was none of ours."""
-    frame, found = error.__traceback__, ""
+    """Return the op that an exception came out of, "" where it was none of ours.
+
+    It is the one that was called: what it calls itself, a kernel's file or another op, is its own business.
+    """
+    frame = error.__traceback__
     while frame is not None:
         path = Path(frame.tb_frame.f_code.co_filename)
-        is_ours = path.is_relative_to(KERNELS) and path.stem not in NO_OPS
-        found = path.stem if is_ours else found
+        if path.is_relative_to(KERNELS) and path.stem not in NO_OPS:
+            return path.stem
         frame = frame.tb_next
-    return found
+    return ""

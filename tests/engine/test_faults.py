@@ -13,6 +13,7 @@ from slipstream import LLM, RequestError, SamplingParams
 from slipstream.engine.faults import describe_fault, op_at_fault
 from slipstream.kernels import KernelCapability, register_kernel, unregister_kernel
 from slipstream.kernels.rms_norm import rms_norm
+from slipstream.kernels.rotary_store import rotary_store
 from tests.bench.tiny_checkpoint import write_checkpoint
 
 CPU = KernelCapability(devices=frozenset({"cpu"}))
@@ -107,6 +108,11 @@ def test_faults_outside_our_ops_have_no_op() -> None:
     with pytest.raises(ValueError) as raised:
         int("x")
     assert op_at_fault(raised.value) == "" and describe_fault(raised.value) == "the step failed: ValueError"
+    with pytest.raises(RuntimeError) as nested:
+        norms = torch.ones(5), torch.ones(5)
+        kv, slots = torch.zeros(1, 2, 4, 1, 8), torch.zeros(1).long()
+        rotary_store(torch.ones(1, 24), torch.ones(4, 2, 8), slots, *norms, 1e-6, False, 1, kv, slots)
+    assert op_at_fault(nested.value) == "rotary_store"
     with pytest.raises(RuntimeError) as raised_inside:
         rms_norm(torch.ones(1, 4), torch.ones(5), 1e-6)
     assert describe_fault(raised_inside.value) == "the step failed: RuntimeError in op 'rms_norm'"
