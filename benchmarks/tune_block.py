@@ -30,6 +30,7 @@ from slipstream.kernels.gpu.matmul_tiles import RULE
 from slipstream.kernels.gpu.matmul_tiles import tile_of as matmul_tile_of
 from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode_op
 from slipstream.kernels.rms_norm import add_rms_norm_op
+from slipstream.kernels.rotary_decode import rotary_decode_op
 from slipstream.kernels.rotary_store import rotary_store_op
 from slipstream.kernels.silu_and_mul import silu_and_mul_op
 
@@ -80,6 +81,9 @@ class Blocks:
         if "rotary" in without:
             return qkv[:, :width]
         shared = (self.rotary, self.positions, None, None, 0.0, False, self.heads, self.kv[i], self.slots)
+        if self.tokens == 1 and "attention" not in without:
+            lengths = (self.table, self.lens, self.counters, 8192, 0.09, 0, 0.0)
+            return rotary_decode_op(qkv, *shared, *lengths).flatten(1)
         q = rotary_store_op(qkv, *shared)
         if "attention" in without:
             return q.flatten(1)

@@ -2,8 +2,9 @@
 
 Three groups, by what a row asks: `draw_full` (temperature and min-p) never orders the vocabulary,
 `draw_top_k` weighs only its candidates, `draw_top_p` weighs everything and orders as far as the nucleus
-reaches. A row's group follows from its own parameters and every sum is of integers, so its token does not
-depend on its neighbours; the vocabulary-wide passes run over slices of rows to bound their memory.
+reaches (a GPU orders nothing: `kernels/gpu/nucleus.py`). A row's group follows from its own parameters and
+every sum is of integers, so its token does not depend on its neighbours; the vocabulary-wide passes run over
+slices of rows to bound their memory.
 
 Order: temperature, top-k, top-p over the mass that top-k left, min-p relative to the most likely token. This
 is transformers' order. vLLM applies min-p before top-k and top-p, so there the nucleus is of the mass above
@@ -18,6 +19,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from slipstream.kernels.registration import has_triton
 from slipstream.sampling.candidates import heavy, leading, searched
 from slipstream.sampling.weights import draw, passing, scale_bits, target_of, weigh
 
@@ -81,7 +83,25 @@ def draw_top_k(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, max_k: 
 
 
 def draw_top_p(x_NV: Tensor, uniform_N: Tensor, params: FilterParams) -> Tensor:
-    """Return one token id per row, int64 [N]; no row has a top_k."""
+    """Return one token id per row, int64 [N]; no row has a top_k. A GPU has a kernel that orders nothing."""
+    if not x_NV.is_cuda or not has_triton():
+        return draw_top_p_in_order(x_NV, uniform_N, params)
+    from slipstream.kernels.gpu.nucleus import draw_nucleus
+
+    bits = scale_bits(x_NV.shape[1])
+    return draw_nucleus(
+        x_NV,
+        x_NV.amax(-1),
+        params.temperature_N,
+        params.top_p_N,
+        _min_weight(params.min_p_N, bits),
+        uniform_N.contiguous(),
+        bits=bits,
+    )
+
+
+def draw_top_p_in_order(x_NV: Tensor, uniform_N: Tensor, params: FilterParams) -> Tensor:
+    """Return what `draw_top_p` does, by putting the leading tokens in order: the definition."""
     bits = scale_bits(x_NV.shape[1])
     drawn: list[Tensor] = []
     for rows in slices(x_NV):

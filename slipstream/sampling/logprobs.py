@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slipstream.kernels.registration import has_triton
 from slipstream.sampling.candidates import leading
 from slipstream.sampling.filters import slices
-from slipstream.sampling.weights import log_sum_exp
+from slipstream.sampling.weights import log_of_mass, log_sum_exp, scale_bits
 
 
 def pack_logprobs(raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, *, num_top: int) -> Tensor:
@@ -21,10 +22,21 @@ def pack_logprobs(raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, *, num_
     return torch.cat(parts)
 
 
+def _norm_and_rank(raw_LV: Tensor, chosen_L: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp, float64 [L], and the rank of logits `chosen_L`; on a GPU in one pass."""
+    max_L = raw_LV.amax(-1)
+    if not raw_LV.is_cuda or not has_triton():
+        return log_sum_exp(raw_LV, max_R=max_L), (raw_LV > chosen_L[:, None]).sum(-1) + 1
+    from slipstream.kernels.gpu.nucleus import row_mass
+
+    bits = scale_bits(raw_LV.shape[1])
+    total_L, rank_L = row_mass(raw_LV, max_L, chosen_L, bits=bits)
+    return log_of_mass(total_L, max_R=max_L, bits=bits), rank_L
+
+
 def _pack(raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, num_top: int) -> Tensor:
-    norm = log_sum_exp(raw_LV, max_R=raw_LV.amax(-1))[:, None]
     chosen = raw_LV.gather(1, token_ids_L[:, None])
-    rank = (raw_LV > chosen).sum(-1, keepdim=True) + 1
+    norm, rank = (column[:, None] for column in _norm_and_rank(raw_LV, chosen[:, 0]))
     columns = [token_ids_L[:, None], chosen - norm, rank, status_L[:, None]]
     if num_top:
         values, ids = leading(raw_LV, num_top)
