@@ -2,8 +2,8 @@
 
 Random weights of the real shapes, random prompt ids, greedy, the end token ignored, prefix reuse off; a
 figure is the median of whole calls, so scheduling and Python are inside. A row counts only if every request
-got the tokens it asked for and the engine executed the work's tokens. `h100_rows.py` holds the work, floors
-and goals, `h100_parts.py` the rows that are more than one piece of work.
+got the tokens it asked for and the engine executed exactly the work's tokens. `h100_rows.py` holds the work,
+floors and goals, `h100_parts.py` the rows that are more than one piece of work.
 
     python benchmarks/h100.py [--rows P1,P3] [--out benchmarks/results/h100.json]
 """
@@ -38,7 +38,7 @@ from h100_rows import (
     Work,
 )
 
-from slipstream import LLM, KvCacheConfig, SamplingParams, __version__
+from slipstream import LLM, KvCacheConfig, SamplingParams, SchedulerConfig, __version__
 
 RESULT = Path(__file__).parent / "results" / "h100.json"
 RUNS = 5
@@ -68,9 +68,7 @@ def measure(llm: LLM, name: str, work: Work) -> dict[str, Any]:
     # The last token of a request is never run.
     expected = num_prompt + num_output - work.requests
     got = [len(output.outputs[0].token_ids) for output in outputs]
-    # A row that was preempted runs tokens again.
-    is_whole = executed >= expected and got == [output for _, output in lengths]
-    if not is_whole or executed > 1.05 * expected:
+    if executed != expected or got != [output for _, output in lengths]:
         raise SystemExit(
             f"{name}: executed {executed} tokens, expected {expected}; the figure means nothing."
         )
@@ -138,7 +136,7 @@ def measure_host() -> dict[str, Any]:
     }
 
 
-def start(model: str, folder: Path, *, reuse: bool = False, max_seq_len: int = 8192) -> LLM:
+def start(model: str, folder: Path, *, reuse: bool = False, max_seq_len: int = 8192, policy: str = "") -> LLM:
     (folder / "config.json").write_text(json.dumps(MODELS[model]), encoding="utf-8")
     return LLM(
         folder,
@@ -147,6 +145,7 @@ def start(model: str, folder: Path, *, reuse: bool = False, max_seq_len: int = 8
         device="cuda",
         max_seq_len=max_seq_len,
         kv_cache_config=KvCacheConfig(enable_block_reuse=reuse),
+        scheduler_config=SchedulerConfig(capacity_scheduler_policy=policy) if policy else None,
     )
 
 
@@ -165,12 +164,11 @@ def measure_parts(row: str) -> dict[str, dict[str, Any]]:
 
 
 def measure_works(names: list[str], keep: Callable[[str, dict[str, Any]], None]) -> None:
-    """Measure rows of plain work, model by model."""
-    for model in MODELS:
-        own = [name for name in names if name in WORK and WORK[name].model == model]
-        if not own:
-            continue
-        with tempfile.TemporaryDirectory() as folder, start(model, Path(folder)) as llm:
+    """Measure rows of plain work, engine by engine."""
+    names = [name for name in names if name in WORK]
+    for model, policy in dict.fromkeys((WORK[name].model, WORK[name].policy) for name in names):
+        own = [name for name in names if (WORK[name].model, WORK[name].policy) == (model, policy)]
+        with tempfile.TemporaryDirectory() as folder, start(model, Path(folder), policy=policy) as llm:
             for line in llm.startup.report:
                 print(f"   {line}", flush=True)
             for name in own:
