@@ -364,3 +364,23 @@ def test_r16_an_upgrade_is_answered_as_a_plain_request(server: Any, protocol: by
         )
         data = read_all(peer)
     assert status_of(data) == 200 and b"connection: close" in data.lower()
+
+
+def test_a_client_that_waits_to_be_told_is_told(server: Any) -> None:
+    with connect(server) as peer:
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        peer.sendall(head % 5)
+        assert peer.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        peer.sendall(b"hello")
+        assert read_response(peer)[1]["size"] == 5
+    with connect(server) as peer:
+        # What is too large is refused before it is sent.
+        peer.sendall(head % 1_000_000)
+        assert status_of(read_all(peer)) == 413
+
+
+def test_a_client_of_http_1_0_is_served_and_closed(server: Any) -> None:
+    with connect(server) as peer:
+        peer.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        data = read_all(peer)
+    assert status_of(data) == 200 and data.endswith(b'{"size": 0, "num_headers": 0}')

@@ -194,7 +194,7 @@ def soak(server: LiveServer, target: Target, *, seconds: float, rounds: int) -> 
 
 
 def test_r77_a_short_day_with_rough_clients_leaves_nothing_behind(server: LiveServer) -> None:
-    soak(server, server.target(model="tiny", headers=headers()), seconds=9.0, rounds=3)
+    soak(server, server.target(model="tiny", headers=headers()), seconds=6.0, rounds=3)
 
 
 @pytest.mark.slow
