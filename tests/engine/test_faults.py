@@ -108,9 +108,9 @@ def test_faults_outside_our_ops_have_no_op() -> None:
     with pytest.raises(ValueError) as raised:
         int("x")
     assert op_at_fault(raised.value) == "" and describe_fault(raised.value) == "the step failed: ValueError"
+    norms = torch.ones(5), torch.ones(5)
+    kv, slots = torch.zeros(1, 2, 4, 1, 8), torch.zeros(1).long()
     with pytest.raises(RuntimeError) as nested:
-        norms = torch.ones(5), torch.ones(5)
-        kv, slots = torch.zeros(1, 2, 4, 1, 8), torch.zeros(1).long()
         rotary_store(torch.ones(1, 24), torch.ones(4, 2, 8), slots, *norms, 1e-6, False, 1, kv, slots)
     assert op_at_fault(nested.value) == "rotary_store"
     with pytest.raises(RuntimeError) as raised_inside:
