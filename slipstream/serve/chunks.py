@@ -61,7 +61,7 @@ class Chunks(abc.ABC):
         """Return a choice that holds what is new of a sample."""
 
     def write(self, items: Sequence[Arrival]) -> bytes:
-        """Return the events of these outputs. Raises ApiError where one says that its request failed."""
+        """Return the events of these outputs. Raises RequestError where one says that its request failed."""
         parts: list[bytes] = []
         for position, output in items:
             check_output(output)

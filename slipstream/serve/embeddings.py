@@ -17,7 +17,6 @@ from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine.pooling import hidden_states_only, pool
 from slipstream.engine.service import EngineService
 from slipstream.serve.context import ServeContext
-from slipstream.serve.errors import of_request
 from slipstream.serve.json_body import read_body
 from slipstream.serve.openapi import describe_body
 from slipstream.serve.requests.completion import PromptItem, prompts_of
@@ -83,7 +82,7 @@ def prepare(
 
 
 def whole(outputs: list[RequestOutput], body: EmbeddingBody, head: AnswerHead) -> dict[str, Any]:
-    """Return the answer. Raises ApiError where an input was not computed to its end."""
+    """Return the answer. Raises RequestError where an input was not computed to its end."""
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     return {
         "object": "list",
@@ -100,7 +99,7 @@ def _vector(output: RequestOutput, body: EmbeddingBody) -> list[float] | str:
     is_unit = body.normalize is not False
     pooled = pool(output, body.pooling or "mean", normalize=is_unit and body.dimensions is None)
     if pooled.error is not None:
-        raise of_request(pooled.error)
+        raise pooled.error
     vector = pooled.embedding
     if body.dimensions is not None:
         integer(body.dimensions, "dimensions", 1, len(vector), "the model has no more")

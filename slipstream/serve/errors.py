@@ -40,6 +40,7 @@ STATUS_OF_CODE = {
     "numerical_error": 500,
     "processing_error": 500,
 }
+INTERNAL_CODES = {"engine_stopped", "numerical_error", "processing_error"}
 # An answer that nobody waits for any more; the status is for the log.
 CLIENT_CLOSED = 499
 CLOSED_MESSAGE = "The client closed the connection."
@@ -88,17 +89,21 @@ class JsonResponse(Response):
         super().__init__(body, status, headers=headers, media_type="application/json")
 
 
-def of_request(error: RequestError) -> ApiError:
-    """Return the HTTP form of what the engine said of one request."""
+def of_request(error: RequestError, request_id: str) -> ApiError:
+    """Return the HTTP form of what the engine said of one request: why it is refused, or that it failed."""
     status = STATUS_OF_CODE.get(error.code, 400)
+    if error.code in INTERNAL_CODES:
+        # Its words may be those of whatever was raised inside.
+        logger.error("request %s failed: %s", request_id, error.message)
+        return internal(request_id, status=status, code=error.code)
     headers = RETRY_AFTER if status == 503 else None
     return ApiError(status, error.message, param=error.param or None, code=error.code, headers=headers)
 
 
-def internal(request_id: str) -> ApiError:
+def internal(request_id: str, *, status: int = 500, code: str = "internal_error") -> ApiError:
     """Return what a client may know of a failure that is ours."""
     message = f"The server failed at this request; its log names the cause under request id {request_id}."
-    return ApiError(500, message, code="internal_error")
+    return ApiError(status, message, code=code, headers=RETRY_AFTER if status == 503 else None)
 
 
 def of_exception(error: Exception, request_id: str) -> ApiError:
@@ -106,7 +111,7 @@ def of_exception(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
-        return of_request(error)
+        return of_request(error, request_id)
     if isinstance(error, ClientDisconnect):
         return ApiError(CLIENT_CLOSED, CLOSED_MESSAGE, code="client_closed")
     if isinstance(error, EngineError):

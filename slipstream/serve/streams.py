@@ -157,7 +157,7 @@ class ChunkWriter(Protocol):
     """Turns outputs into the bytes of server-sent events, in the order of the protocol."""
 
     def write(self, items: Sequence[Arrival]) -> bytes:
-        """Return the events of these outputs. Raises ApiError where one says that its request failed."""
+        """Return the events of these outputs. Raises RequestError where one says that its request failed."""
         ...
 
     def finish(self) -> bytes:

@@ -20,7 +20,7 @@ from slipstream.core.outputs import RequestOutput
 from slipstream.core.request import Request
 from slipstream.serve.auth import key_name_of
 from slipstream.serve.context import ServeContext
-from slipstream.serve.errors import ApiError, of_request
+from slipstream.serve.errors import ApiError
 from slipstream.serve.streams import AnswerStream, Arrival
 
 TIMED_OUT = "The request ran out of time before its first token; send it again, or allow it more time."
@@ -82,7 +82,7 @@ def in_namespace(request: Request, key: str) -> Request:
 async def answers(
     http: HttpRequest, context: ServeContext, requests: Sequence[Request]
 ) -> list[RequestOutput]:
-    """Return the last output of each request. Raises ApiError where one failed: nothing is half an answer."""
+    """Return the last output of each request. Raises where one failed: nothing is half an answer."""
     stream = await submit(http, context, requests)
     try:
         outputs = await stream.last()
@@ -113,7 +113,7 @@ async def begin(
 def check_output(output: RequestOutput) -> None:
     """Raise what the engine said went wrong."""
     if output.error is not None:
-        raise of_request(output.error)
+        raise output.error
 
 
 def check_in_time(output: RequestOutput) -> None:

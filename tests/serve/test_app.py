@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from slipstream.core.errors import RequestError
+from slipstream.core.outputs import CompletionOutput, RequestOutput
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.service import EngineService, local_service
 from slipstream.serve.admission import Admission
@@ -94,6 +96,28 @@ def test_r27_a_failure_of_ours_says_nothing_of_the_inside(
     assert answer.status_code == 500 and error["code"] == "internal_error" and "secret" not in answer.text
     assert "request-77" in error["message"] and answer.headers["x-request-id"] == "request-77"
     assert any("request-77" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(("code", "status"), [("numerical_error", 500), ("engine_stopped", 503)])
+def test_r27_r40_what_the_engine_says_of_its_inside_stays_inside(
+    guarded: RunningServer, monkeypatch: pytest.MonkeyPatch, code: str, status: int
+) -> None:
+    """A request that the engine fails is an error with its id; the engine's words are for the log."""
+
+    def submit(request: Any, listener: Any, *, streams: Any = False) -> None:
+        error = RequestError("The engine stopped: OSError: /srv/secret/path", code=code)
+        sample = CompletionOutput(0, finish_reason="error")
+        listener(RequestOutput(request.request_id, None, [5], [sample], finished=True, error=error))
+        guarded.context.hub.flush()
+
+    monkeypatch.setattr(guarded.service, "submit", submit)
+    headers = {"Authorization": f"Bearer {KEYS['ann']}", "X-Request-Id": "request-78"}
+    for streams in (False, True):
+        body = {"prompt": "ba", "stream": streams}
+        answer = guarded.client.post(COMPLETIONS, json=body, headers=headers)
+        error = checked_error(answer)
+        assert answer.status_code == status and error["code"] == code
+        assert "secret" not in answer.text and "request-78" in error["message"]
 
 
 def test_before_there_is_an_engine_new_work_waits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import httpx
 import openai
 import pytest
 
-from slipstream import LLM, SamplingParams
+from slipstream import SamplingParams
+from slipstream.core.outputs import RequestOutput
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.service import local_service
 from tests.serve.sse_protocol import joined_text, read_events
@@ -42,11 +44,13 @@ def client(smol: RunningServer) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_openai_chats(client: openai.OpenAI, smollm2_path: Path) -> None:
+def test_openai_chats(client: openai.OpenAI, smol: RunningServer) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=24)
-    with LLM(smollm2_path, device="cpu", max_seq_len=1024) as llm:
-        expected = llm.chat(QUESTION, SamplingParams(max_tokens=24, temperature=0.0)).outputs[0].text
-    assert answer.choices[0].message.content == expected
+    encoded = smol.service.prompts.encode_chat(QUESTION, True, {})
+    request = smol.service.create_request(encoded, SamplingParams(max_tokens=24, temperature=0.0))
+    outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+    smol.service.submit(request, outputs.put)
+    assert answer.choices[0].message.content == outputs.get(timeout=DEADLINE_S).outputs[0].text
     assert answer.usage is not None and answer.usage.completion_tokens == 24
     assert answer.usage.prompt_tokens_details is not None
 

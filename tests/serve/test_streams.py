@@ -131,7 +131,7 @@ def test_r33_a_failed_output_never_becomes_a_chunk(tiny: RunningServer) -> None:
     script = Script(tiny, CHAT)
     script.write(CompletionOutput(0, "a", [5]))
     failed = RequestError("row 3 is not finite", code="numerical_error")
-    with pytest.raises(ApiError):
+    with pytest.raises(RequestError):
         script.write(CompletionOutput(0, "", [], finish_reason="error"), error=failed, finished=True)
 
 
@@ -151,26 +151,57 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return at
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("at", [1, 2, 7])
-def test_r33_an_error_ends_a_stream_with_an_event(
-    tiny: RunningServer, failing: list[int], path: str, at: int
+def test_r33_a_request_that_fails_at_a_token_fails_alone(
+    tiny: RunningServer, failing: list[int], at: int
 ) -> None:
+    """Before the client has seen anything there is a status left to say it with; later only the event is."""
     failing[0] = at
-    prompt = {"prompt": "ba"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "ba"}]}
-    answer = tiny.post(path, stream=True, max_tokens=20, ignore_eos=True, temperature=0, **prompt)
-    if at == 1:
-        assert answer.status_code == 500 and checked_error(answer)["code"] == "processing_error"
-        return
-    assert answer.status_code == 200
-    *events, (name, data) = split_events(answer.text)
-    assert name == "error" and not any(name for name, _ in events)
-    error = json.loads(data)["error"]
-    assert error["code"] == "processing_error" and "secret" not in answer.text
-    assert "[DONE]" not in answer.text and '"finish_reason":"' not in answer.text
+    answer = tiny.post(COMPLETIONS, prompt="ba", stream=True, max_tokens=20, ignore_eos=True, temperature=0)
+    assert "secret" not in answer.text and "[DONE]" not in answer.text
+    if answer.status_code == 500:
+        assert checked_error(answer)["code"] == "processing_error"
+    else:
+        assert at > 1 and split_events(answer.text)[-1][0] == "error"
     failing[0] = 0
     tiny.wait_idle()
     assert tiny.ok(COMPLETIONS, prompt="ba")["choices"]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_r33_an_error_after_the_first_token_is_an_event(
+    tiny: RunningServer, path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    listeners: list[Any] = []
+    requests: list[Any] = []
+
+    def deliver(text: str, reason: Any = None, error: RequestError | None = None) -> None:
+        sample = CompletionOutput(0, text, [70], finish_reason=reason)
+        ids = requests[0].prompt_token_ids
+        output = RequestOutput("r", None, ids, [sample], finished=reason is not None, error=error)
+        listeners[0](output)
+        tiny.context.hub.flush()
+
+    def submit(request: Any, listener: Any, *, streams: Any = False) -> None:
+        requests.append(request)
+        listeners.append(listener)
+        deliver("one")
+
+    monkeypatch.setattr(tiny.service, "submit", submit)
+    prompt = {"prompt": "ba"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "ba"}]}
+    with tiny.client.stream("POST", path, json={**prompt, "stream": True}) as answer:
+        parts = answer.iter_text()
+        received = ""
+        while '"one"' not in received:
+            received += next(parts)
+        deliver("", "error", RequestError("OSError: /srv/secret", code="numerical_error"))
+        received += "".join(parts)
+    *events, (name, data) = split_events(received)
+    assert name == "error" and not any(name for name, _ in events)
+    error, request_id = json.loads(data)["error"], answer.headers["x-request-id"]
+    assert error["code"] == "numerical_error" and request_id in error["message"]
+    assert "secret" not in received and "[DONE]" not in received and '"finish_reason":"' not in received
+    assert any(request_id in r.getMessage() and "secret" in r.getMessage() for r in caplog.records)
 
 
 def leave_after(server: RunningServer, body: dict[str, Any], num_bytes: int, delay_s: float) -> None:
@@ -203,7 +234,7 @@ def leave_at_random(server: RunningServer, count: int) -> None:
 
 def test_r34_who_leaves_at_any_moment_leaves_nothing_behind(tiny: RunningServer) -> None:
     before = tiny.ok(COMPLETIONS, prompt="ba de", temperature=0)["choices"]
-    leave_at_random(tiny, 60)
+    leave_at_random(tiny, 50)
     tiny.wait_idle()
     assert tiny.ok(COMPLETIONS, prompt="ba de", temperature=0)["choices"] == before
 
@@ -273,7 +304,7 @@ def test_r29_bytes_of_half_a_character_are_held_until_the_end(tiny: RunningServe
 def test_r30_nothing_of_a_stop_string_leaks_into_a_stream(tiny: RunningServer) -> None:
     body: dict[str, Any] = {"prompt": "ba de", "temperature": 0, "ignore_eos": True, "max_tokens": 30}
     text = tiny.ok(COMPLETIONS, **body)["choices"][0]["text"]
-    for start in range(2, len(text) - 6, 3):
+    for start in range(2, len(text) - 6, 7):
         for length in (1, 3, 6):
             stop = text[start : start + length]
             expected = text[: text.index(stop)]
@@ -283,7 +314,7 @@ def test_r30_nothing_of_a_stop_string_leaks_into_a_stream(tiny: RunningServer) -
 
 def test_answers_wait_for_no_other_answer(tiny: RunningServer) -> None:
     """Sixty-four streams at once come to the same as one after the other."""
-    body = {"temperature": 0, "ignore_eos": True, "max_tokens": 20}
+    body = {"temperature": 0, "ignore_eos": True, "max_tokens": 10}
     prompts = [prompt_ids(4 + i % 9, seed=i) for i in range(64)]
     alone = [tiny.ok(COMPLETIONS, prompt=prompt, **body)["choices"][0]["text"] for prompt in prompts[:8]]
     with ThreadPoolExecutor(64) as pool:
