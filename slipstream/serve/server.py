@@ -227,12 +227,13 @@ class ApiServer:
         """Refuse new work and wait for what is under way."""
         message = "The server is shutting down; send the request to another one, or try again later."
         self.context.refusal = ApiError(503, message, code=DRAINING, headers=RETRY_AFTER)
+        admission = self.context.admission
+        assert admission is not None, "it was serving"
         deadline = asyncio.get_running_loop().time() + self._settings.drain_timeout_s
-        num_open = self.context.admission.num_requests
-        logger.info("draining: %d requests are under way", num_open)
-        while self.context.admission.num_requests and not self._is_hurried.is_set():
+        logger.info("draining: %d requests are under way", admission.num_requests)
+        while admission.num_requests and not self._is_hurried.is_set():
             if asyncio.get_running_loop().time() > deadline:
-                logger.warning("%d requests did not end in time", self.context.admission.num_requests)
+                logger.warning("%d requests did not end in time", admission.num_requests)
                 break
             await asyncio.sleep(0.05)
         return 0
