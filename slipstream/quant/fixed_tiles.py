@@ -1,7 +1,7 @@
 """How do weights as they are run on a GPU with the same bits in every batch? By products of one fixed shape.
 
-The matrix is that of `Unquantized`; the product is `kernels/fixed_linear.py`'s, of one tile and without a
-split, so that a token's sum is taken in one order whatever the step holds. Nothing is fused with it.
+The matrix is that of `Unquantized`; the product is `kernels/fixed_linear.py`'s, in which a token's sum is
+taken in one order whatever the step holds. Nothing is fused with it.
 Source: He et al., Defeating Nondeterminism in LLM Inference, Thinking Machines Lab, 2025.
 """
 

@@ -1,11 +1,13 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
 """How do tokens meet a matrix on a GPU with the same bits, however many they are? In tiles of one shape.
 
-Every product, of one token or of thousands, is cut into tiles of the same size, each of which walks over all
-inputs in the same steps: no split along the inputs, no choice by shape. Lines behind the last are zeros. A
-line of a tile has the bits that it has on any other line, since a matrix unit adds up each line alike.
+Every product, of one token or of thousands, is cut into tiles of the same size. The inputs are cut into parts
+of a fixed length; a part is summed up from zero in steps of one size, and the parts are added in their order.
+Where there are few tiles, programs take a part each and a second kernel adds the parts up; where there are
+many, one program takes the parts of its tile in turn: the same sums in the same order.
+A line of a tile has the bits that it has on any other line, since a matrix unit adds up each line alike.
 Invariant: what a line of `x` gives depends on that line and the weights.
-T tokens, I inputs, O outputs.
+T tokens, I inputs, O outputs, P parts.
 """
 
 from __future__ import annotations
@@ -15,45 +17,91 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.kernels.gpu.launching import launch_options, start_next, wait_for_previous
+from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next, wait_for_previous
 
 # 64 lines are the least that a Hopper matrix unit takes at once; 64 outputs keep enough programs at work.
 BLOCK_T, BLOCK_O, BLOCK_I = 64, 64, 64
 BLOCK_I_FLOAT32 = 32
+# A multiple of both steps. Part of what a result is: another length gives other bits.
+PART = 2048
+# With fewer tiles than this many for each multiprocessor, some would idle: parts go to programs of their own.
+MIN_TILES_PER_SM = 2
+BLOCK_JOIN = 1024
+
+
+@triton.jit
+def _sum_part(
+    x_lines, w_lines, first, inputs, is_token, is_output, i,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, PART: tl.constexpr,
+    IS_EVEN: tl.constexpr, IS_EXACT: tl.constexpr,
+):  # fmt: skip
+    """Return the sum over the inputs [first, first + PART) of a tile, from zero."""
+    acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    for at in range(first, tl.minimum(first + PART, inputs), BLOCK_I):
+        if IS_EVEN:
+            x = tl.load(x_lines + (at + i)[None, :], mask=is_token[:, None], other=0.0)
+            w = tl.load(w_lines + (at + i)[None, :], mask=is_output[:, None], other=0.0)
+        else:
+            is_input = (at + i < inputs)[None, :]
+            x = tl.load(x_lines + (at + i)[None, :], mask=is_token[:, None] & is_input, other=0.0)
+            w = tl.load(w_lines + (at + i)[None, :], mask=is_output[:, None] & is_input, other=0.0)
+        if IS_EXACT:
+            acc += tl.dot(x, tl.trans(w), input_precision="ieee")
+        else:
+            acc = tl.dot(x, tl.trans(w), acc)
+    return acc
 
 
 @triton.jit
 def _fixed_matmul(
-    x_ptr, w_ptr, y_ptr, tokens, outputs, inputs, x_stride, w_stride,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, IS_EVEN: tl.constexpr,
-    IS_EXACT: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, parts_ptr, tokens, outputs, inputs, x_stride, w_stride,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, PART: tl.constexpr,
+    IS_SPLIT: tl.constexpr, IS_EVEN: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
     t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tl.arange(0, BLOCK_I)
     is_token, is_output = t < tokens, o < outputs
-    acc = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+    x_lines, w_lines = x_ptr + t[:, None] * x_stride, w_ptr + o[:, None] * w_stride
+    place = t[:, None] * outputs + o[None, :]
+    is_there = is_token[:, None] & is_output[None, :]
     wait_for_previous(PDL)
-    for at in range(0, inputs, BLOCK_I):
-        is_input = i < inputs - at
-        if IS_EVEN:
-            x = tl.load(x_ptr + t[:, None] * x_stride + (at + i)[None, :], mask=is_token[:, None], other=0.0)
-            w = tl.load(w_ptr + o[:, None] * w_stride + (at + i)[None, :], mask=is_output[:, None], other=0.0)
-        else:
-            x_mask, w_mask = is_token[:, None] & is_input[None, :], is_output[:, None] & is_input[None, :]
-            x = tl.load(x_ptr + t[:, None] * x_stride + (at + i)[None, :], mask=x_mask, other=0.0)
-            w = tl.load(w_ptr + o[:, None] * w_stride + (at + i)[None, :], mask=w_mask, other=0.0)
-        if IS_EXACT:
-            acc += tl.dot(x, tl.trans(w), input_precision="ieee")
-        else:
-            acc = tl.dot(x, tl.trans(w), acc)
-    place = y_ptr + t[:, None] * outputs + o[None, :]
-    tl.store(place, acc.to(y_ptr.dtype.element_ty), mask=is_token[:, None] & is_output[None, :])
+    if IS_SPLIT:
+        part = tl.program_id(2)
+        acc = _sum_part(
+            x_lines, w_lines, part * PART, inputs, is_token, is_output, i,
+            BLOCK_T, BLOCK_O, BLOCK_I, PART, IS_EVEN, IS_EXACT,
+        )  # fmt: skip
+        tl.store(parts_ptr + part.to(tl.int64) * tokens * outputs + place, acc, mask=is_there)
+    else:
+        total = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
+        for first in range(0, inputs, PART):
+            total += _sum_part(
+                x_lines, w_lines, first, inputs, is_token, is_output, i,
+                BLOCK_T, BLOCK_O, BLOCK_I, PART, IS_EVEN, IS_EXACT,
+            )  # fmt: skip
+        tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=is_there)
 
 
-def fixed_matmul(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Return x @ W^T, [T, O] in x's type. Only enqueues."""
+@triton.jit
+def _join_parts(parts_ptr, y_ptr, size, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    start_next(PDL)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_previous(PDL)
+    total = tl.zeros((BLOCK,), tl.float32)
+    place = parts_ptr + at
+    for _ in range(0, parts):
+        total += tl.load(place, mask=at < size, other=0.0)
+        place += size
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+def fixed_matmul(x_TI: Tensor, weight_OI: Tensor, *, is_split: bool | None = None) -> Tensor:
+    """Return x @ W^T, [T, O] in x's type. Only enqueues.
+
+    `is_split` says who takes the parts, which changes no bit; left open it follows from the number of tiles.
+    """
     x_TI = x_TI if x_TI.stride(-1) == 1 else x_TI.contiguous()
     tokens, inputs = x_TI.shape
     outputs = weight_OI.shape[0]
@@ -62,11 +110,21 @@ def fixed_matmul(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         return y
     is_exact = x_TI.dtype == torch.float32
     block_i = BLOCK_I_FLOAT32 if is_exact else BLOCK_I
-    # Outputs first: programs that share their weights follow one another, and find them in the cache.
-    grid = (triton.cdiv(outputs, BLOCK_O), triton.cdiv(tokens, BLOCK_T))
-    _fixed_matmul[grid](
-        x_TI, weight_OI, y, tokens, outputs, inputs, x_TI.stride(0), weight_OI.stride(0),
-        BLOCK_T=BLOCK_T, BLOCK_O=BLOCK_O, BLOCK_I=block_i, IS_EVEN=inputs % block_i == 0, IS_EXACT=is_exact,
-        num_warps=4, num_stages=1 if is_exact else 4, **launch_options(x_TI),
+    tiles = (triton.cdiv(outputs, BLOCK_O), triton.cdiv(tokens, BLOCK_T))
+    parts = triton.cdiv(inputs, PART)
+    if is_split is None:
+        is_split = tiles[0] * tiles[1] < MIN_TILES_PER_SM * sms_of(x_TI)
+    is_split = is_split and parts > 1
+    scratch = torch.empty(parts, tokens, outputs, dtype=torch.float32, device=x_TI.device) if is_split else y
+    options = launch_options(x_TI)
+    # Outputs first: programs that share their tokens follow one another, and find them in the cache.
+    _fixed_matmul[(*tiles, parts if is_split else 1)](
+        x_TI, weight_OI, y, scratch, tokens, outputs, inputs, x_TI.stride(0), weight_OI.stride(0),
+        BLOCK_T=BLOCK_T, BLOCK_O=BLOCK_O, BLOCK_I=block_i, PART=PART, IS_SPLIT=is_split,
+        IS_EVEN=inputs % block_i == 0, IS_EXACT=is_exact,
+        num_warps=4, num_stages=1 if is_exact else 4, **options,
     )  # fmt: skip
+    if is_split:
+        size = tokens * outputs
+        _join_parts[(triton.cdiv(size, BLOCK_JOIN),)](scratch, y, size, parts, BLOCK=BLOCK_JOIN, **options)
     return y

@@ -60,6 +60,18 @@ def test_a_product_is_the_same_bits_at_any_number_of_tokens(
     assert fixed_matmul(x[:0], weight).shape == (0, outputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inputs", [2048, 2080, 5000])
+def test_who_adds_up_the_parts_changes_nothing(device: str, inputs: int, dtype: torch.dtype) -> None:
+    x = draw(67, inputs, dtype=dtype, device=device)
+    weight = (draw(66, inputs, dtype=torch.float32, device=device, seed=1) * inputs**-0.5).to(dtype)
+    one, many = (fixed_matmul(x, weight, is_split=is_split) for is_split in (False, True))
+    assert_same(many, one)
+    expected = (x.double() @ weight.double().T).to(dtype)
+    torch.testing.assert_close(one, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert_same(fixed_matmul(x[5:6], weight), one[5:6])
+
+
 @pytest.mark.parametrize("spans", [DECODES, MIXED], ids=["decodes", "mixed"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 1, 64), (2, 2, 80)])
 def test_attention_is_attention(device: str, heads: int, kv_heads: int, head_dim: int, spans: tuple) -> None:
