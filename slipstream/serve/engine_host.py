@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from slipstream.core.errors import EngineError
+from slipstream.core.errors import ConfigError, EngineError
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine_info import EngineInfo
 from slipstream.engine.engine_process import EngineProcess
@@ -71,16 +71,19 @@ class EngineGroup:
 
     def __init__(self, config: EngineConfig, settings: ServeSettings, progress: Progress) -> None:
         restart = settings.on_engine_failure == "restart"
-        self.processes = [
-            EngineProcess(
-                config,
-                restart=restart,
-                limits=limits_of(settings),
-                progress=progress,
-                log_json=settings.log_json,
-            )
-            for _ in range(settings.num_engines)
-        ]
+        try:
+            self.processes = [
+                EngineProcess(
+                    config,
+                    restart=restart,
+                    limits=limits_of(settings),
+                    progress=progress,
+                    log_json=settings.log_json,
+                )
+                for _ in range(settings.num_engines)
+            ]
+        except OSError as error:
+            raise no_folder(error) from None
         self._is_stopping = threading.Event()
 
     def start(self) -> list[Endpoint]:
@@ -170,6 +173,14 @@ class ConnectedHost:
         self._told.set()
         if self._service is not None:
             self._service.close()
+
+
+def no_folder(error: OSError) -> ConfigError:
+    """Return what to say where the server cannot make a folder for its sockets or counts."""
+    return ConfigError(
+        f"A temporary folder cannot be made ({error.strerror or error}); free some space, or set TMPDIR to a "
+        "folder that can be written."
+    )
 
 
 def preload() -> None:

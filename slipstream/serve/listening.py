@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 import stat
 
 from slipstream.core.errors import ConfigError
@@ -23,11 +24,24 @@ UDS_MODE = 0o600
 
 
 def listen(settings: ServeSettings) -> socket.socket:
-    """Bind and listen. Raises ConfigError."""
+    """Bind and listen. Raises ConfigError, also for a certificate that cannot be used."""
+    if settings.ssl_certfile is not None:
+        _check_certificate(settings.ssl_certfile, settings.ssl_keyfile)
     bound = _bind_unix(settings.uds) if settings.uds is not None else _bind_inet(settings)
     bound.listen(BACKLOG)
     bound.setblocking(False)
     return bound
+
+
+def _check_certificate(certificate: str, key: str | None) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"ssl_certfile={certificate!r} with ssl_keyfile={key!r} cannot be used: {why}; give a "
+            "certificate and its key without a password, in PEM."
+        ) from None
 
 
 def _bind_inet(settings: ServeSettings) -> socket.socket:

@@ -122,6 +122,8 @@ class ApiServer:
         self._loop = asyncio.get_running_loop()
         with _handling_signals(self._loop, self.stop):
             serving = asyncio.ensure_future(self._uvicorn.serve(sockets=[self._listening]))
+            # Without anybody who answers there is nothing to live for; `_end` raises why.
+            serving.add_done_callback(lambda serving: self.stop())
             try:
                 return await self._live()
             finally:

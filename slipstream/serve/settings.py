@@ -126,8 +126,10 @@ class ServeSettings:
         _check_range(self, "max_fan_out", 1, 100_000)
         _check_range(self, "per_key_share", 0.01, 1.0)
         _check_range(self, "min_body_bytes_per_s", 0, 1 << 30)
-        for name in ("max_step_s", "header_timeout_s", "idle_timeout_s", "slow_reader_timeout_s"):
+        for name in ("max_step_s", "header_timeout_s", "slow_reader_timeout_s"):
             _check_range(self, name, 0.05, 86_400.0)
+        # uvicorn counts it in whole seconds.
+        _check_range(self, "idle_timeout_s", 1.0, 86_400.0)
         _check_range(self, "drain_timeout_s", 0.0, 86_400.0)
         if self.request_timeout_s is not None:
             _check_range(self, "request_timeout_s", 0.001, 30 * 86_400.0)

@@ -30,7 +30,7 @@ from slipstream.core.errors import ConfigError
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine_info import EngineInfo
 from slipstream.engine.sockets import Endpoint
-from slipstream.serve.engine_host import EngineGroup, Progress
+from slipstream.serve.engine_host import EngineGroup, Progress, no_folder
 from slipstream.serve.settings import ServeSettings
 from slipstream.serve.worker_orders import WORKER_READY, EnginesReady, Loading, News, WorkerOrder
 
@@ -85,7 +85,11 @@ class Supervisor:
         self._listening = listening
         self._on_progress = on_progress
         self._engines = EngineGroup(config, settings, self._show_progress)
-        self._folder = tempfile.mkdtemp(prefix="slipstream-counts-")
+        try:
+            self._folder = tempfile.mkdtemp(prefix="slipstream-counts-")
+        except OSError as error:
+            self._engines.stop()
+            raise no_folder(error) from None
         self._workers: list[Worker] = []
         self._deaths: list[float] = []
         self._endpoints: list[Endpoint] = []

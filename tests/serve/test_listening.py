@@ -76,3 +76,13 @@ def test_the_file_limit_only_ever_grows() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == soft
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_r79_a_certificate_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.pem")
+    with pytest.raises(ConfigError, match="No such file"):
+        listen(ServeSettings(port=0, ssl_certfile=missing, ssl_keyfile=missing))
+    broken = tmp_path / "broken.pem"
+    broken.write_text("-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        listen(ServeSettings(port=0, ssl_certfile=str(broken), ssl_keyfile=str(broken)))

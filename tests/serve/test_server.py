@@ -371,3 +371,13 @@ def test_it_speaks_tls(folder: Path, tmp_path: Path) -> None:
         assert run.complete().status_code == 200
         assert len(run.complete(stream=True, max_tokens=50).text.split("data: ")) > 20
         assert run.client.get("/" + "a" * 9000).status_code == 414
+
+
+def test_a_server_that_cannot_answer_does_not_live_on(folder: Path) -> None:
+    with listen(ServeSettings(port=0)) as listening:
+        settings = ServeSettings(ssl_certfile="none.pem", ssl_keyfile="none.pem")
+        host = StagedHost(folder)
+        server = ApiServer(settings, host, listening, model_names=(MODEL,))
+        with pytest.raises(FileNotFoundError):
+            server.run()
+        assert host.num_stops == 1

@@ -25,6 +25,7 @@ ALICE = ApiKey("alice", "secret-of-alice")
         {"per_key_share": 0.0},
         {"per_key_share": float("nan")},
         {"header_timeout_s": 0.0},
+        {"idle_timeout_s": 0.5},
         {"request_timeout_s": 0.0},
         {"on_engine_failure": "ignore"},
         {"ssl_certfile": "cert.pem"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from slipstream.core.errors import CheckpointError
+from slipstream.core.errors import CheckpointError, ConfigError
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.sockets import Endpoint
 from slipstream.serve import supervisor
@@ -164,3 +165,16 @@ def test_a_stop_while_the_engines_load_ends_everything(monkeypatch: pytest.Monke
         wait_until(lambda: len(run.pids) == 2)
         run.supervisor.stop()
         assert run.end() == 0
+
+
+def test_r78_a_full_disk_refuses_the_start_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**given: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.mkdtemp", fail)
+    settings = ServeSettings(port=0, api_workers=2)
+    with listen(settings) as listening, pytest.raises(ConfigError, match=r"No space left .* TMPDIR"):
+        Supervisor(settings, EngineConfig(model="m"), listening)
+    monkeypatch.setattr(supervisor, "EngineGroup", ScriptedEngines)
+    with listen(settings) as listening, pytest.raises(ConfigError, match=r"No space left .* TMPDIR"):
+        Supervisor(settings, EngineConfig(model="m"), listening)
