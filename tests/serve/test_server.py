@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import threading
@@ -381,3 +383,30 @@ def test_a_server_that_cannot_answer_does_not_live_on(folder: Path) -> None:
         with pytest.raises(FileNotFoundError):
             server.run()
         assert host.num_stops == 1
+
+
+def test_r48_signals_are_handled_while_it_runs_and_put_back(folder: Path) -> None:
+    """In the main thread, as its process runs it; SIGTERM then ends it in order."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("only a main thread handles signals")
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    during: list[Any] = []
+    settings = ServeSettings(port=0)
+    host = StagedHost(folder)
+    host.may_load.set()
+    with listen(settings) as listening:
+        server = ApiServer(settings, host, listening, model_names=(MODEL,), on_ready=lambda info: ready.set())
+        ready = threading.Event()
+
+        def end() -> None:
+            if ready.wait(DEADLINE_S):
+                during.extend(signal.getsignal(number) for number in numbers)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=end, daemon=True)
+        thread.start()
+        assert server.run() == 0
+        thread.join(DEADLINE_S)
+    assert during[:2] != before[:2] and during[2:] == before[2:]
+    assert [signal.getsignal(number) for number in numbers] == before
