@@ -7,8 +7,10 @@ a test ends at a deadline that only a hang reaches.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
+import random
 import socket
 import threading
 import time
@@ -384,3 +386,59 @@ def test_a_client_of_http_1_0_is_served_and_closed(server: Any) -> None:
         peer.sendall(b"GET / HTTP/1.0\r\n\r\n")
         data = read_all(peer)
     assert status_of(data) == 200 and data.endswith(b'{"size": 0, "num_headers": 0}')
+
+
+def test_where_the_bytes_are_cut_makes_no_difference(server: Any) -> None:
+    """Pipelined requests with bodies of both kinds, sent in pieces of random sizes."""
+    rng = random.Random(5)
+    for _ in range(60):
+        sizes = [rng.choice((0, 1, 17, 5000, MAX_BODY)) for _ in range(rng.randint(1, 4))]
+        data = b"".join(request_of(size, rng) for size in sizes)
+        with connect(server) as peer:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while data:
+                cut = rng.choice((1, 2, 7, 100, 9000, len(data)))
+                peer.sendall(data[:cut])
+                data = data[cut:] if rng.random() < 0.9 or len(data) < 20_000 else send_rest(peer, data[cut:])
+            assert [read_size(peer) for _ in sizes] == sizes
+
+
+def send_rest(peer: socket.socket, data: bytes) -> bytes:
+    peer.sendall(data)
+    return b""
+
+
+def request_of(size: int, rng: random.Random) -> bytes:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\n"
+    if rng.random() < 0.5:
+        return head + b"Content-Length: %d\r\n\r\n" % size + b"y" * size
+    chunks, left = b"", size
+    while left:
+        length = min(left, rng.randint(1, 30_000))
+        chunks += b"%x\r\n" % length + b"y" * length + b"\r\n"
+        left -= length
+    return head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+
+
+def test_nonsense_never_stops_it(server: Any) -> None:
+    """Valid requests with bytes changed, removed and put in: whatever comes of it, the next one is served."""
+    rng = random.Random(6)
+    for _ in range(150):
+        data = bytearray(request_of(rng.choice((0, 20, 3000)), rng))
+        for _ in range(rng.randint(1, 6)):
+            place = rng.randrange(len(data))
+            match rng.randrange(3):
+                case 0:
+                    data[place] = rng.randrange(256)
+                case 1:
+                    del data[place : place + rng.randint(1, 20)]
+                    data = data or bytearray(b"x")
+                case _:
+                    data[place:place] = rng.randbytes(rng.randint(1, 20))
+        with connect(server) as peer:
+            send_what_is_taken(peer, bytes(data))
+            peer.settimeout(0.02)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                answer = peer.recv(65536)
+                assert not answer or answer.startswith(b"HTTP/1.1 "), answer
+    assert is_alive(server)
