@@ -93,15 +93,16 @@ async def stream(port: int, body: dict[str, Any], first_s: list[float]) -> int:
 async def load(port: int, num_clients: int, num_tokens: int) -> dict[str, Any]:
     body = {
         "model": "instant",
-        "prompt": "The quick brown fox jumps over the lazy dog.",
         "max_tokens": num_tokens,
         "ignore_eos": True,
         "stream": True,
         "temperature": 0,
     }
+    # Different from the first token on: requests with one prompt wait for one another's.
+    prompts = [f"{chr(0x4E00 + i)} The quick brown fox jumps over the lazy dog." for i in range(num_clients)]
     first_s: list[float] = []
     started = time.perf_counter()
-    counts = await asyncio.gather(*(stream(port, body, first_s) for _ in range(num_clients)))
+    counts = await asyncio.gather(*(stream(port, {**body, "prompt": prompt}, first_s) for prompt in prompts))
     seconds = time.perf_counter() - started
     return {
         "output_tokens_per_s": num_clients * num_tokens / seconds,
