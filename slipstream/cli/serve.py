@@ -16,6 +16,7 @@ from slipstream.cli.console import note
 from slipstream.cli.options import EngineOptions, spread, text_option, tokens_option
 from slipstream.cli.sizes import parse_byte_size, parse_seconds
 from slipstream.core import env
+from slipstream.core.collector import freeze_collector
 from slipstream.core.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -227,6 +228,7 @@ class ServeJob:
 
             def on_ready(address: str, info: EngineInfo) -> None:
                 bar.close()
+                freeze_collector()
                 show_served(address, settings, info)
 
             return run_server(

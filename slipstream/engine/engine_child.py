@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import msgspec
 
+from slipstream.core.collector import freeze_collector
 from slipstream.core.errors import SlipstreamError
 from slipstream.core.log_lines import write_log
 from slipstream.core.request import Request
@@ -103,6 +104,7 @@ def run_engine_process(make: MakeEngine = make_engine) -> int:
             logger.exception("the engine did not start")
         return 1
     parent.watch(server)
+    freeze_collector()
     status.write(Ready(server.endpoint, served.info))
     server.run()
     return 0

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from slipstream.core.collector import freeze_collector
 from slipstream.core.errors import SlipstreamError
 from slipstream.serve.engine_host import ConnectedHost
 from slipstream.serve.listening import raise_file_limit
@@ -53,6 +54,7 @@ def run_worker() -> int:
 
 
 def _say_ready() -> None:
+    freeze_collector()
     sys.stdout.buffer.write(WORKER_READY)
     sys.stdout.buffer.flush()
 

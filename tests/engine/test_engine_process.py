@@ -295,6 +295,8 @@ def test_signals_of_a_terminal_are_the_owners_to_decide(
 
 def test_r47_a_drained_engine_ends_what_runs(process: EngineProcess, service: EngineService) -> None:
     streams = [Stream(service, prompt(i), 40).begin() for i in range(3)]
+    # Its answer comes after the requests before it have been taken.
+    service.stats().result(DEADLINE_S)
     os.kill(pid_of(process), signal.SIGTERM)
     for stream in streams:
         stream.check()
@@ -305,6 +307,7 @@ def test_r47_stop_waits_for_what_runs_only_as_long_as_it_may(
     process: EngineProcess, service: EngineService
 ) -> None:
     short, long = Stream(service, prompt(1), 40).begin(), Stream(service, prompt(2), 20_000).begin()
+    service.stats().result(DEADLINE_S)
     process.stop(drain_s=0.8)
     short.check()
     error = long.wait(KNOWN_S).error
