@@ -73,7 +73,7 @@ def _rotary_decode(
         v = tl.load(line + K * HEAD + h[None, :], mask=is_h[None, :], other=0.0)
         slot = tl.load(slots_ptr).to(tl.int64)
         place = kv_base + slot // PAGE * page_stride + slot % PAGE * token_stride + h[None, :]
-        is_kept = is_h[None, :] & (slot >= 0)
+        is_kept = (tl.where(is_h, slot, -1) >= 0)[None, :]
         tl.store(place, k.to(kv_ptr.dtype.element_ty), mask=is_kept)
         tl.store(place + v_offset, v.to(kv_ptr.dtype.element_ty), mask=is_kept)
         # This program reads both again.
