@@ -21,6 +21,8 @@ from slipstream.core.errors import ConfigError, SlipstreamError, nearest
 
 ENTRY_POINTS = "slipstream.kernels"
 DTYPES = ("float32", "float16", "bfloat16")
+# Calls whose kernel is remembered; those of an op differ in their tokens alone.
+MAX_REMEMBERED = 4096
 BOTH = frozenset({"cpu", "cuda"})
 GPU_ONLY = frozenset({"cuda"})
 
@@ -139,6 +141,7 @@ class KernelTable:
     def __init__(self) -> None:
         self._plugins: dict[str, KernelPlugin] = {}
         self._places: dict[tuple[str, str], Any] = {}
+        self._chosen: dict[tuple[str, KernelFacts], KernelPlugin | None] = {}
         self._loaded: set[tuple[str, str]] = set()
         self._lock = threading.RLock()
         # Ops that layers call as plain functions on a CPU, unless they stand here.
@@ -194,7 +197,20 @@ class KernelTable:
     def _among(self, op: str, device: str) -> list[KernelPlugin]:
         return [p for p in self._plugins.values() if p.op == op and device in p.capability.devices]
 
+    def choose(self, op: str, facts: KernelFacts) -> KernelPlugin | None:
+        """Return what `choose_kernel` does, remembered until a kernel comes or goes."""
+        key, chosen = (op, facts), self._chosen
+        try:
+            return chosen[key]
+        except KeyError:
+            found = choose_kernel(op, facts, self._among(op, facts.device))[0]
+        if len(chosen) >= MAX_REMEMBERED:
+            chosen.clear()
+        chosen[key] = found
+        return found
+
     def _note_ops(self) -> None:
+        self._chosen = {}
         self.on_cpu = frozenset(p.op for p in self._plugins.values() if "cpu" in p.capability.devices)
         self.on_gpu = frozenset(p.op for p in self._plugins.values() if "cuda" in p.capability.devices)
 
@@ -209,7 +225,7 @@ class KernelTable:
         ours = our_kernel(op, device)
 
         def dispatch(*arguments: Any) -> Any:
-            plugin, _ = choose_kernel(op, facts_of_call(arguments), self._among(op, device))
+            plugin = self.choose(op, facts_of_call(arguments))
             return ours(*arguments) if plugin is None else plugin(*arguments)
 
         place = torch.library.Library("slipstream", "IMPL")

@@ -214,3 +214,23 @@ def test_a_package_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: points)
     with pytest.raises(ConfigError, match=r"'fast' \(package:fast\).*no module named cutlass.*uninstall"):
         plugins.KernelTable().load_entry_points()
+
+
+def test_a_choice_is_remembered_until_a_kernel_comes_or_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counting(op: str, facts: KernelFacts, among: Any) -> Any:
+        asked.append(facts.tokens)
+        return choose_kernel(op, facts, among)
+
+    monkeypatch.setattr(plugins, "choose_kernel", counting)
+    monkeypatch.setattr(plugins, "MAX_REMEMBERED", 3)
+    register_kernel(constant(1.0), op="rms_norm", name="one", capability=KernelCapability(devices=CPU))
+    op, weight = op_of("rms_norm"), torch.ones(8)
+    for tokens in (1, 2, 1, 2, 3, 4, 1):
+        assert op(torch.randn(tokens, 8), weight, 1e-6).eq(1.0).all()
+    # The fourth made room for itself.
+    assert asked == [1, 2, 3, 4, 1]
+    better = KernelCapability(devices=CPU)
+    register_kernel(constant(2.0), op="rms_norm", name="two", capability=better, priority=2)
+    assert op(torch.randn(1, 8), weight, 1e-6).eq(2.0).all() and asked[-2:] == [1, 1]
