@@ -359,13 +359,13 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(tiny: RunningServer, 
     if path in GENERATING:
         nested = tiny.refusal(path, **VALID[path], stream=True, stream_options={"usage": True})
         assert nested["code"] == "unknown_field" and nested["param"] == "stream_options"
-    error = tiny.refusal(path, **VALID[path], modle="tiny")
+    error = tiny.refusal(path, **VALID[path], modelname="tiny")
     assert error["code"] == "unknown_field" and "'model'" in error["message"]
     long = tiny.refusal(path, **VALID[path], **{"x" * 100_000: 1})
     assert len(long["message"]) < 300 and len(long["param"]) < 100
 
 
-@pytest.mark.parametrize("name", ["tool_calls", "tool_call_id", "function_call", "audio", "nmae"])
+@pytest.mark.parametrize("name", ["tool_calls", "tool_call_id", "function_call", "audio", "names"])
 def test_a_message_field_that_is_not_served_is_refused(tiny: RunningServer, name: str) -> None:
     message = {"role": "assistant", "content": "ba", name: [{}]}
     assert name in tiny.refusal(CHAT, messages=[*HELLO, message])["message"]
