@@ -343,7 +343,8 @@ def test_the_loop_is_woken_once_a_batch(tiny: RunningServer) -> None:
         tiny.events(COMPLETIONS, prompt=prompts, max_tokens=10, ignore_eos=True, temperature=0)
     finally:
         hub._hand_out, hub.deliver = original, deliver  # type: ignore[method-assign]
-    assert outputs[0] == 320 and wakes[0] < 40 and len(loop_thread) == 1
+    # Ten steps, and at most as many more as prompts come one after the other.
+    assert outputs[0] == 320 and wakes[0] <= 10 + 32 and len(loop_thread) == 1
 
 
 def test_a_request_that_runs_out_of_time_says_so(tiny: RunningServer) -> None:
