@@ -9,10 +9,11 @@ deep queues of small blocks, and from 128 on the library does well.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from slipstream.kernels.gpu.launching import has_pdl
 from slipstream.kernels.gpu.matmul import Tile
 
 MAX_TOKENS = 256
@@ -59,6 +60,7 @@ RULE = {
 LAST_RULED = 64
 # A block of fewer outputs than this leaves most multiprocessors without work.
 MIN_OUTPUTS = 2048
+CAPABILITY = (9, 0)
 
 
 def tile_of(
@@ -87,4 +89,10 @@ def _can_run(x_TI: Tensor, weight_OI: Tensor) -> bool:
     if not is_half or x_TI.stride(-1) != 1 or weight_OI.stride(-1) != 1:
         return False
     strides = (x_TI.stride(0), weight_OI.stride(0), x_TI.storage_offset(), weight_OI.storage_offset())
-    return all(stride % 8 == 0 for stride in strides) and has_pdl(x_TI.device.index)
+    return all(stride % 8 == 0 for stride in strides) and _has_room(x_TI.device.index)
+
+
+@functools.cache
+def _has_room(device_index: int) -> bool:
+    """Say whether a GPU is of the kind that the tiles were made for: others have less memory for a queue."""
+    return torch.cuda.get_device_capability(device_index) == CAPABILITY
