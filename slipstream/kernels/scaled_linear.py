@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Zeros for kernels that cut a product: one for each tile of outputs and tokens.
 NUM_COUNTERS = 2048
+# Lines that our products read begin at multiples of 16 bytes.
+LINE_ELEMENTS = 8
 
 
 def linear_then_norm(
@@ -74,8 +76,9 @@ def _then_norm_cuda(
     counters: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tile = _tile_of(x_TI, weight_OI, "", counters)
-    # Not in float16, where a sum that was never scaled down might not fit.
-    if tile is None or x_TI.dtype != torch.bfloat16:
+    # Not in float16, where a sum that was never scaled down might not fit; and only what the next can take.
+    can_follow = x_TI.dtype == torch.bfloat16 and weight_OI.shape[0] % LINE_ELEMENTS == 0
+    if tile is None or not can_follow:
         normed, total = add_rms_norm_op(linear(x_TI, weight_OI, bias_O), residual_TO, norm_O, eps)
         return total, normed, torch.empty(0, len(x_TI), dtype=torch.float32, device=x_TI.device)
     from slipstream.kernels.gpu.matmul import matmul
