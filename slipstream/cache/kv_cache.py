@@ -132,7 +132,10 @@ class KvCache:
             rest = tokens[first : min(first + self.block_tokens, len(tokens) - 1)]
             parent = table.parent_of(matched)
             partial, length = self._index.longest_partial(parent, rest, before_step=step_id)
-        return Hit(tuple(chain), partial, length, tuple(self._wanted(table, tokens, matched)))
+        # A start that holds all but the last token leaves nothing that is worth waiting for.
+        is_all = matched * self.block_tokens + length == len(tokens) - 1
+        wanted = () if is_all else tuple(self._wanted(table, tokens, matched))
+        return Hit(tuple(chain), partial, length, wanted)
 
     def no_hit(self, table: BlockTable, tokens: Sequence[int]) -> Hit:
         """Return the hit of a sequence that computes everything itself."""

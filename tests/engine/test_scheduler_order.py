@@ -159,3 +159,17 @@ def test_deadlines_of_ended_requests_are_forgotten() -> None:
         replica.run()
     assert len(replica.scheduler._deadlines) <= 2 + MIN_DEADLINES
     finish(replica)
+
+
+@pytest.mark.parametrize("length", [8, 21, 24, 25])
+def test_equal_prompts_start_together_once_the_first_is_computed(length: int) -> None:
+    """Each finds all it can use in the cache, so none has another's last block to wait for."""
+    replica = Replica(full(), num_pages=400, max_batch_size=64, max_num_tokens=256)
+    for number in range(40):
+        replica.submit(f"r{number}", list(range(100, 100 + length)), 3)
+    replica.run()
+    replica.check_outputs()
+    replica.check_idle()
+    # The first alone, the others in the step after its last block is there, and three tokens each.
+    assert replica.scheduler.stats.num_plans <= 6
+    assert replica.scheduler.stats.executed_tokens == length + 2 + 39 * 3
