@@ -33,6 +33,7 @@ from typing import Any
 from slipstream.bench.serving_client import ServingClient, Target
 from slipstream.bench.serving_load import run_in_loop
 from slipstream.bench.serving_record import RequestRecord, ServingRequest
+from slipstream.trace.reading import read_trace
 
 VOCAB_SIZE = 128256
 LLAMA_8B = {
@@ -142,6 +143,25 @@ def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise SystemExit(f"the server was not ready after {START_S:g} s")
 
 
+def steps_of(target: Target, since_s: float) -> dict[str, Any]:
+    """Return what the engine's own records say of its steps since then: where the time went."""
+    steps = read_trace(target.url).trace.steps
+    recent = [step for step in steps if step.scheduled_s >= since_s and step.committed_s]
+    ends = itertools.pairwise(step.committed_s for step in recent)
+    times = [(b - a) * 1e3 for a, b in ends]
+    decode = [t for t, s in zip(times, recent[1:], strict=True) if not s.num_prefill_tokens]
+    mixed = [t for t, s in zip(times, recent[1:], strict=True) if s.num_prefill_tokens]
+    chunks = [step.num_prefill_tokens for step in recent if step.num_prefill_tokens]
+    return {
+        "num_steps": len(recent),
+        "decode_step_median_ms": round(statistics.median(decode), 2) if decode else None,
+        "prompt_step_median_ms": round(statistics.median(mixed), 2) if mixed else None,
+        "longest_steps_ms": [round(t, 1) for t in sorted(times)[-5:]],
+        "chunk_median_tokens": statistics.median(chunks) if chunks else None,
+        "rows_seen": len({step.num_rows for step in recent}),
+    }
+
+
 def require_whole(records: list[RequestRecord], output_tokens: int) -> None:
     for record in records:
         if record.error_kind is not None or record.output_tokens != output_tokens:
@@ -172,12 +192,15 @@ async def stream_all(
 def measure_p24(setting: Setting) -> dict[str, Any]:
     offline = measure_offline(setting)
     rates: list[float] = []
+    steps: list[dict[str, Any]] = []
     with served(setting) as target:
         for number in range(RUNS + 2):
             prompts = dataclasses.replace(setting, seed=number).prompts(CLIENTS, PROMPT)
+            begun_s = time.monotonic()
             seconds, records = run_in_loop(stream_all(target, prompts, OUTPUT))
             require_whole(records, OUTPUT)
             rates.append(CLIENTS * OUTPUT / seconds)
+            steps.append(steps_of(target, begun_s))
     value = statistics.median(rates[2:])
     ttft = statistics.median(record.ttft_s or 0.0 for record in records)
     return {
@@ -190,6 +213,7 @@ def measure_p24(setting: Setting) -> dict[str, Any]:
         "served_tokens_per_s": [round(rate) for rate in rates[2:]],
         "offline_tokens_per_s": round(offline),
         "ttft_median_s": round(ttft, 3),
+        "steps": steps[2:],
         "api_workers": setting.api_workers,
         "work": f"Llama-3.1-8B, bfloat16, {CLIENTS} clients x {PROMPT} in / {OUTPUT} out, streamed",
         "reuse": True,
@@ -217,11 +241,14 @@ def gaps(records: list[RequestRecord], begin_s: float, end_s: float) -> list[flo
 
 def measure_p26(setting: Setting) -> dict[str, Any]:
     runs: list[dict[str, float]] = []
+    steps: list[dict[str, Any]] = []
     with served(setting) as target:
         for number in range(RUNS + 1):
+            begun_s = time.monotonic()
             records, long = run_in_loop(stream_beside(target, dataclasses.replace(setting, seed=number)))
             require_whole(records, STREAM_TOKENS)
             require_whole([long], 1)
+            steps.append(steps_of(target, begun_s))
             first_s = long.piece_s[0]
             beside = gaps(records, long.sent_s, first_s)
             alone = gaps(records, long.sent_s - SETTLE_S / 2, long.sent_s)
@@ -246,6 +273,7 @@ def measure_p26(setting: Setting) -> dict[str, Any]:
         "is_goal_met": ratio <= 2.0 and middle["long_ttft_s"] <= 3.0,
         **middle,
         "runs": [{key: round(value, 3) for key, value in run.items()} for run in counted],
+        "steps": steps[1:],
         "api_workers": setting.api_workers,
         "work": f"Llama-3.1-8B, bfloat16, {STREAMS} streams, one prompt of {LONG_PROMPT}",
         "reuse": True,
