@@ -19,7 +19,7 @@ import pytest
 
 from tests.bench.tiny_checkpoint import write_checkpoint
 from tests.serve.live_server import ROOT, LiveServer, live, running, statuses, wait_until
-from tests.serve.oracle import DEADLINE_S, MAX_GROWTH_BYTES, MAX_POOL_THREADS, Oracle, Target
+from tests.serve.oracle import DEADLINE_S, MAX_GROWTH_BYTES, MAX_POOL_THREADS, Oracle, Target, tree_of
 from tests.serve.rough_clients import run_rough
 
 ENGINE, WORKER = "slipstream.engine.engine_child", "slipstream.serve.api_worker"
@@ -60,16 +60,30 @@ def stream_until_it_ends(
                 "POST", f"{server.url}/v1/completions", json=body, timeout=DEADLINE_S, **options
             ) as answer:
                 for line in answer.iter_lines():
-                    has_begun.set()
                     text += line + "\n"
+                    if line.startswith("data: "):
+                        has_begun.set()
         except httpx.HTTPError as error:
             text += f"{type(error).__name__}"
         ended.append((time.monotonic(), text))
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    assert has_begun.wait(DEADLINE_S)
+    assert has_begun.wait(DEADLINE_S), ended
     return thread
+
+
+def wait_all_ready(server: LiveServer) -> None:
+    """Wait until whoever takes a connection is ready, and no process grows any more: it is still starting."""
+    sizes: list[int] = []
+
+    def is_settled() -> bool:
+        time.sleep(0.5)
+        sizes.append(sum(psutil.Process(pid).num_fds() for pid in tree_of(server.process.pid)))
+        is_ready = all(server.get("/ready").status_code == 200 for _ in range(12))
+        return is_ready and len(set(sizes[-4:])) == 1 and len(sizes) >= 4
+
+    wait_until(is_settled, timeout_s=2 * DEADLINE_S)
 
 
 def test_r28_a_default_start_is_for_this_machine_alone(server: LiveServer) -> None:
@@ -245,7 +259,7 @@ def test_r35_with_restart_a_killed_engine_comes_back(model: Path, workers: str) 
         before = server.child(ENGINE)
         before.kill()
         wait_until(lambda: server.get("/ready").status_code == 503)
-        wait_until(lambda: server.get("/ready").status_code == 200)
+        wait_all_ready(server)
         with oracle.client() as client:
             oracle.check_canary(client)
         assert server.child(ENGINE).pid != before.pid
@@ -262,6 +276,7 @@ def test_r35_a_killed_api_worker_is_replaced(model: Path) -> None:
         before.kill()
         wait_until(lambda: before.pid not in {child.pid for child in running(WORKER, server.process.pid)})
         wait_until(lambda: len(running(WORKER, server.process.pid)) == 2)
+        wait_all_ready(server)
         oracle = Oracle(server.target(model="tiny"))
         with oracle.watching(max_growth=1 << 30):
             pass
