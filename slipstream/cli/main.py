@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from slipstream.cli.bench import latency, throughput
+from slipstream.cli.bench_serve import serve as bench_serve
 from slipstream.cli.chat import chat
 from slipstream.cli.collect_env import collect_env
 from slipstream.cli.engine_import import EXIT_INTERRUPTED
@@ -86,12 +87,13 @@ app.command()(run)
 app.command()(chat)
 app.command()(serve)
 app.command()(verify)
-app.command()(trace)
 app.command()(warmup)
+app.command()(trace)
 app.command()(models)
 app.command()(collect_env)
 bench_app.command()(throughput)
 bench_app.command()(latency)
+bench_app.command("serve")(bench_serve)
 app.add_typer(bench_app, name="bench")
 
 
