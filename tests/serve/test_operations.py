@@ -171,6 +171,7 @@ def test_an_engine_that_is_not_there(tiny: RunningServer, number: str) -> None:
 
 def test_one_of_several_engines(tiny: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A router answers with a list."""
+    tiny.ok("/v1/completions", **BODY)
     command = tiny.service.command
 
     def asked(name: str, **arguments: Any) -> Any:
