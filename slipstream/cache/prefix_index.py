@@ -103,11 +103,11 @@ class PrefixIndex:
         """Return the child of `parent` with the longest common start with `tokens`, and that length.
 
         Only complete nodes written by a step before `before_step` count: a page copy runs ahead of the
-        forward of its own step.
+        forward of its own step. Of very many children the newest are looked at.
         """
         best: Node | None = None
         best_length = 0
-        for scanned, node in enumerate(self._children.get(parent, {}).values()):
+        for scanned, node in enumerate(reversed(self._children.get(parent, {}).values())):
             if scanned == MAX_SCANNED_CHILDREN:
                 break
             if node.num_pages < self._num_groups or node.step_id >= before_step:
