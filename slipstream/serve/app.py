@@ -30,6 +30,7 @@ from slipstream.serve import (
     model_list,
     not_served,
     openapi,
+    page_routes,
     tokenization,
     trace_routes,
 )
@@ -54,6 +55,7 @@ ROUTE_MODULES = (
     metrics,
     trace_routes,
     management,
+    page_routes,
 )
 
 

@@ -7,8 +7,8 @@ spelling a router could take for it. All
 keys are compared in constant time, whether or not one matched before.
 
 Open are `/health` and `/ready`, which probes ask without a key and which tell only the state, and the static
-page at `/`, which holds no data. `/version`, `/metrics` and `/server_info` describe the server, so they need
-a key.
+page at `/` with its files, which hold no data. `/version`, `/metrics` and `/server_info` describe the server,
+so they need a key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,19 @@ from slipstream.serve.errors import ApiError
 from slipstream.serve.settings import ApiKey
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
-PAGE_PATHS = frozenset({"/"})
+PAGE_FOLDER = "/page/"
+PAGE_FILES = (
+    "answer_stream.js",
+    "icon.svg",
+    "key.js",
+    "live.js",
+    "markdown.js",
+    "options.js",
+    "script.js",
+    "style.css",
+    "turns.js",
+)
+PAGE_PATHS = frozenset({"/", *(PAGE_FOLDER + name for name in PAGE_FILES)})
 ADMIN_PATHS = frozenset({"/sleep", "/wake_up", "/reset_prefix_cache"})
 STATE_KEY = "key_name"
 # Shown by the answer so that browsers and clients know what to send.
