@@ -70,9 +70,10 @@ START_S = 240.0
 OFFLINE = """
 import json, statistics, sys, time
 from slipstream import LLM, KvCacheConfig, SamplingParams
-folder, device, prompts = json.load(sys.stdin)
-llm = LLM(folder, load_format="dummy", device=device, kv_cache_config=KvCacheConfig(enable_block_reuse=False))
-params = SamplingParams(max_tokens=len(prompts[0]), ignore_eos=True)
+folder, device, load_format, prompts, output = json.load(sys.stdin)
+reuse = KvCacheConfig(enable_block_reuse=False)
+llm = LLM(folder, load_format=load_format, device=device, kv_cache_config=reuse)
+params = SamplingParams(max_tokens=output, ignore_eos=True)
 times = []
 for _ in range(5):
     started = time.perf_counter()
@@ -90,10 +91,12 @@ class Setting:
     device: str
     api_workers: int
     seed: int = 0
+    load_format: str = "dummy"
+    vocab_size: int = VOCAB_SIZE
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         generator = random.Random(f"{self.seed}/{count}/{length}")
-        return [generator.choices(range(256, VOCAB_SIZE), k=length) for _ in range(count)]
+        return [generator.choices(range(256, self.vocab_size), k=length) for _ in range(count)]
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
@@ -115,8 +118,17 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
 def served(setting: Setting, *options: str) -> Iterator[Target]:
     """Run a server for a while; yields how to ask it. It must be ready in time, and end well."""
     port = 8431
-    command = [sys.executable, "-m", "slipstream", "serve", setting.folder, "--load-format", "dummy"]
-    command += ["--device", setting.device, "--port", str(port), "--served-model-name", "model"]
+    command = [sys.executable, "-m", "slipstream", "serve", setting.folder]
+    command += [
+        "--load-format",
+        setting.load_format,
+        "--device",
+        setting.device,
+        "--port",
+        str(port),
+        "--served-model-name",
+        "model",
+    ]
     command += ["--api-workers", str(setting.api_workers), *options]
     process = subprocess.Popen(command, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
@@ -170,13 +182,14 @@ def require_whole(records: list[RequestRecord], output_tokens: int) -> None:
             )
 
 
-def measure_offline(setting: Setting) -> float:
-    """Return output tokens/s of the same work through `LLM.generate`, in a process of its own."""
-    order = json.dumps([setting.folder, setting.device, setting.prompts(CLIENTS, PROMPT)])
+def measure_offline(setting: Setting, *, clients: int, prompt: int, output: int) -> float:
+    """Return output tokens/s of such work through `LLM.generate`, in a process of its own."""
+    prompts = setting.prompts(clients, prompt)
+    order = json.dumps([setting.folder, setting.device, setting.load_format, prompts, output])
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE], input=order, text=True, stdout=subprocess.PIPE, check=True
     )
-    return CLIENTS * OUTPUT / statistics.median(json.loads(done.stdout.splitlines()[-1]))
+    return clients * output / statistics.median(json.loads(done.stdout.splitlines()[-1]))
 
 
 async def stream_all(
@@ -190,7 +203,7 @@ async def stream_all(
 
 
 def measure_p24(setting: Setting) -> dict[str, Any]:
-    offline = measure_offline(setting)
+    offline = measure_offline(setting, clients=CLIENTS, prompt=PROMPT, output=OUTPUT)
     rates: list[float] = []
     steps: list[dict[str, Any]] = []
     with served(setting) as target:
