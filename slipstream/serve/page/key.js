@@ -31,7 +31,8 @@ export function askForKey(reason) {
   if (answered) return answered.promise;
   answered = {};
   answered.promise = new Promise((resolve) => (answered.resolve = resolve));
-  document.getElementById("key-reason").textContent = reason;
+  // What it says to a client without a key is about headers.
+  document.getElementById("key-reason").textContent = apiKey() ? reason : "Whoever runs the server has one for you.";
   given.value = "";
   dialog.showModal();
   return answered.promise;
