@@ -109,7 +109,7 @@ def run_command(arguments: Sequence[str]) -> int:
         configure_logging()
         # Without arguments: help, not an error.
         job = app(list(arguments) or ["--help"], prog_name="slipstream", standalone_mode=False)
-        code = job() if callable(job) else job
+        code: Any = job() if callable(job) else job
         sys.stdout.flush()
         return int(code or 0)
     except BrokenPipeError:
