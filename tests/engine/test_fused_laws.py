@@ -38,6 +38,6 @@ def test_tokens_are_those_of_composed_blocks(
         for _ in range(2):  # the second time from prefix hits
             outputs = llm.generate(PROMPTS, GREEDY, raise_on_error=True)
             assert [out.outputs[0].token_ids for out in outputs] == expected
-        alone = llm.generate(PROMPTS[0], GREEDY, raise_on_error=True)
+        alone = llm.generate(PROMPTS[0], GREEDY[0], raise_on_error=True)
         assert alone.outputs[0].token_ids == expected[0]
     assert min(num_fused) == 1 and max(num_fused) > 8
