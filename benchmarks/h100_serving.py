@@ -30,29 +30,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from h100_rows import LLAMA_8B
+
 from slipstream.bench.serving_client import ServingClient, Target
 from slipstream.bench.serving_load import run_in_loop
 from slipstream.bench.serving_record import RequestRecord, ServingRequest
 from slipstream.trace.reading import read_trace
 
-VOCAB_SIZE = 128256
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+VOCAB_SIZE = LLAMA_8B["vocab_size"]
 TINY = LLAMA_8B | {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import linear
+from tune_gemv import SHAPES
 
 from slipstream.kernels.gpu.gated_activation import SILU
 from slipstream.kernels.gpu.launching import num_sms
@@ -25,30 +26,6 @@ from slipstream.kernels.gpu.matmul import Tile, matmul
 
 Shape = tuple[int, int, bool]
 
-# (outputs, inputs, is gated): q k v, output, gate and up, down, head of each model.
-SHAPES: dict[str, list[Shape]] = {
-    "Llama-3.1-8B": [
-        (6144, 4096, False),
-        (4096, 4096, False),
-        (28672, 4096, True),
-        (4096, 14336, False),
-        (128256, 4096, False),
-    ],
-    "Qwen3-0.6B": [
-        (4096, 1024, False),
-        (1024, 2048, False),
-        (6144, 1024, True),
-        (1024, 3072, False),
-        (151936, 1024, False),
-    ],
-    "Llama-3.2-1B": [
-        (3072, 2048, False),
-        (2048, 2048, False),
-        (16384, 2048, True),
-        (2048, 8192, False),
-        (128256, 2048, False),
-    ],
-}
 TOKENS = (16, 32, 64, 128, 256)
 # By the tile's tokens: (outputs, inputs, stages, warps, weights first) of a block.
 BLOCKS = {

@@ -44,6 +44,8 @@ class TritonAttention:
         needs_triton=True,
         rotates=True,
     )
+    # A lone row's rotation, cache write and attention are one kernel, with a split of its own.
+    fuses_one_row = True
 
     def __init__(self) -> None:
         self._counters: Tensor | None = None
@@ -65,7 +67,8 @@ class TritonAttention:
     ) -> Tensor:
         """Norm and turn q and k, store k and v, attend, and return [T, N * H]. Only enqueues."""
         group, place = batch.layer_place[spec.layer_idx]
-        if batch.attention_plan.query_lens == (1,) and PARTS_OF_ONE.isdisjoint(KERNELS.on_gpu):
+        is_one = self.fuses_one_row and batch.attention_plan.query_lens == (1,)
+        if is_one and PARTS_OF_ONE.isdisjoint(KERNELS.on_gpu):
             return self._run_one(qkv_TC, rotation, batch, spec)
         q_TNH = rotary_store_op(
             qkv_TC,

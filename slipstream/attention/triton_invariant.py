@@ -14,42 +14,23 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from slipstream.attention.base import AttentionPlan, AttentionSpec, Rotation
+from slipstream.attention.base import AttentionPlan, AttentionSpec
 from slipstream.attention.triton import TILES, TritonAttention
 from slipstream.core.batch import ForwardBatch
 from slipstream.kernels.paged_prefill import paged_prefill_op
 from slipstream.kernels.query_tiles import tile_queries
-from slipstream.kernels.rotary_store import rotary_store_op
 
 
 class TritonInvariant(TritonAttention):
     """Paged attention in Triton by one kernel of one shape: full attention, heads of up to 256."""
 
     capability = dataclasses.replace(TritonAttention.capability, window=False, batch_invariant=True)
+    fuses_one_row = False
 
     def __init__(self) -> None:
         super().__init__()
         # The tiles of steps of one-token rows by their number: made once, captured steps hold their address.
         self._lone_tiles: dict[tuple[int, torch.device], Tensor] = {}
-
-    def rotate_and_run(
-        self, qkv_TC: Tensor, rotation: Rotation, batch: ForwardBatch, spec: AttentionSpec
-    ) -> Tensor:
-        """Norm and turn q and k, store k and v, attend, and return [T, N * H]. Only enqueues."""
-        group, place = batch.layer_place[spec.layer_idx]
-        q_TNH = rotary_store_op(
-            qkv_TC,
-            rotation.table_P2H,
-            batch.positions_kT[0],
-            rotation.q_norm_H,
-            rotation.k_norm_H,
-            rotation.eps,
-            rotation.interleaved,
-            rotation.heads,
-            batch.kv_pages[group][:, place],
-            batch.slot_mapping_T[group],
-        )
-        return self.attend(q_TNH, batch, spec).flatten(1)
 
     def attend(self, q_TNH: Tensor, batch: ForwardBatch, spec: AttentionSpec) -> Tensor:
         """Attend to what already stands in the layer's pages, the step's own tokens included."""
