@@ -126,10 +126,9 @@ class TritonAttention:
                 q_TNH[:rows], kv_P2tKH, table_BC, lens_R, out_TNH[:rows], counters, longest, *settings
             )
         if rows < len(plan.query_lens):
-            tiles_M2 = self._tiles(plan, q_TNH)
-            paged_prefill_op(
-                q_TNH, kv_P2tKH, table_BC, batch.seq_lens, batch.query_start, tiles_M2, out_TNH, *settings
-            )
+            where = (batch.seq_lens, batch.query_start, self._tiles(plan, q_TNH))
+            counters = self._zeros(q_TNH.device)
+            paged_prefill_op(q_TNH, kv_P2tKH, table_BC, *where, out_TNH, *settings, counters)
         return out_TNH
 
     def _zeros(self, device: torch.device) -> Tensor:

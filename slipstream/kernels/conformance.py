@@ -262,7 +262,8 @@ def _paged_prefill(dtype: torch.dtype) -> Iterator[Case]:
             q, out = _draw(sum(queries), heads, size), torch.full((sum(queries), heads, size), math.nan)
             label = f"{heads} and {kv_heads} heads of {size}, window {window}, soft cap {softcap}"
             rows = (torch.tensor(lengths), start, torch.tensor(tiles, dtype=torch.int32), out)
-            yield Case(label, (q, pages, table, *rows, size**-0.5, window, softcap), (0, 1, 6))
+            tail = (*rows, size**-0.5, window, softcap, torch.zeros(NUM_COUNTERS, dtype=torch.int32))
+            yield Case(label, (q, pages, table, *tail), (0, 1, 6))
 
 
 def _greedy_append(dtype: torch.dtype) -> Iterator[Case]:

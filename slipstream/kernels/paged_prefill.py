@@ -27,11 +27,14 @@ def paged_prefill(
     scale: float,
     window: int,
     softcap: float,
+    counters: Tensor | None = None,
 ) -> None:
     """Write the rows of `out_TNH` that the tiles name: line i is (row, first query within the row).
 
     A tile's size is the kernel's business (`tile_queries`); the definition computes whole rows and reads
-    lengths on the host.
+    lengths on the host. `counters` are `NUM_COUNTERS` zeros, int32, that a kernel may count in and leaves at
+    zero: with them it may cut the context of few queries, and their sums depend on how many there are.
+    Without, what a query gets depends on its row alone.
     """
     for row in sorted({row for row, _ in tiles_M2.tolist()}):
         first, last, length = (int(x) for x in (*query_start_B[row : row + 2], seq_lens_B[row]))
@@ -57,7 +60,8 @@ def _fake(*arguments: object) -> None:
 
 paged_prefill_op = register_op(
     "paged_prefill(Tensor q_TNH, Tensor kv_P2tKH, Tensor table_BC, Tensor seq_lens_B, Tensor query_start_B, "
-    "Tensor tiles_M2, Tensor(a!) out_TNH, float scale, int window, float softcap) -> ()",
+    "Tensor tiles_M2, Tensor(a!) out_TNH, float scale, int window, float softcap, "
+    "Tensor(b!)? counters=None) -> ()",
     paged_prefill,
     _fake,
     cuda=_cuda,

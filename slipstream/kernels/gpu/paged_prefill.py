@@ -1,24 +1,69 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
 """How do the queries of a span attend to its pages on a GPU? Tiles of queries, on tensor cores.
 
-A program takes up to `BLOCK_M` queries of one row and one head, walks over the keys they can see, and keeps a
-running softmax. Tiles of keys that every query of the tile sees need no mask and come first; the last ones
-hold the diagonal.
-Invariant: nothing behind a row's length or before the tile's first window is read.
-Source: Dao, FlashAttention-2, arXiv 2307.08691; pages as in Kwon et al., PagedAttention, arXiv 2309.06180.
-T tokens, N query heads, K kv heads, H head size, P pages, t tokens of a block, B rows, M queries of a tile.
+A program walks over the keys that its queries can see and keeps a running softmax. Tiles of keys that every
+query sees need no mask and come first; the last ones hold the diagonal. With enough tiles for the whole GPU a
+program takes a tile of one head. With fewer, it takes a few queries of all heads that share keys, and one
+share of the context; shares are kept in float32, and whoever ends last joins them in their order.
+Invariant: nothing behind a row's length or before the tile's first window is read; how a context is cut
+depends on the number of tiles and the true length, not on a bound, so that a captured step computes the same.
+Source: Dao, FlashAttention-2, arXiv 2307.08691; shares as in Dao et al., Flash-Decoding for long-context
+inference (2023); pages as in Kwon et al., PagedAttention, arXiv 2309.06180.
+T tokens, N query heads, K kv heads, H head size, P pages, t tokens of a block, B rows, M tiles of the plan.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from slipstream.kernels.gpu.launching import launch_options, start_next, wait_for_previous
+from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next, wait_for_previous
 from slipstream.kernels.gpu.paged_decode import LOG2_E, capped_scores
 from slipstream.kernels.query_tiles import tile_queries
+
+# The most shares worth joining, and the most heads whose queries one program takes together.
+MAX_SHARES = 32
+MAX_PACK = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cut:
+    """How few queries over a long context are cut: lines (query and head) and keys of a tile, how it runs.
+
+    `per_sm` programs are to be on a multiprocessor; a share has at least `shortest` keys.
+    """
+
+    lines: int
+    keys: int
+    warps: int
+    stages: int
+    per_sm: int
+    shortest: int
+
+
+CUT = Cut(lines=64, keys=64, warps=4, stages=2, per_sm=2, shortest=512)
+# In float32, whose products take four times as long.
+EXACT_CUT = Cut(lines=32, keys=32, warps=4, stages=1, per_sm=4, shortest=128)
+
+
+class Launch(NamedTuple):
+    """One launch: heads and queries of a program, programs that a tile of the plan takes, shares.
+
+    `wanted` is how many shares a long context has, `shares` how many the longest one here can have.
+    """
+
+    cut: Cut
+    pack: int
+    queries: int
+    subs: int
+    wanted: int
+    shares: int
 
 
 @triton.jit
@@ -66,37 +111,79 @@ def _visit(
 
 
 @triton.jit
+def _join(part_ptr, stats_ptr, first, used, m, h, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Join the shares of a tile in their order. Past the L1, which misses other programs' stores."""
+    best = tl.full((BLOCK_M,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    place = m[:, None] * BLOCK_H + h[None, :]
+    # Staged, or each share would wait for the one before it to arrive.
+    for share in tl.range(first, first + used, num_stages=3):
+        at = stats_ptr + share * 2 * BLOCK_M + m
+        own_best = tl.load(at, cache_modifier=".cg")
+        own_total = tl.load(at + BLOCK_M, cache_modifier=".cg")
+        part = tl.load(part_ptr + share * BLOCK_M * BLOCK_H + place, cache_modifier=".cg")
+        larger = tl.maximum(best, own_best)
+        shrink, weight = tl.exp2(best - larger), tl.exp2(own_best - larger)
+        acc = acc * shrink[:, None] + part * weight[:, None]
+        total = total * shrink + own_total * weight
+        best = larger
+    return acc, total
+
+
+@triton.jit
+def _write(acc, total, at_out, is_query):
+    out = acc / tl.maximum(total, 1e-30)[:, None]
+    tl.store(at_out, out.to(at_out.dtype.element_ty), mask=is_query)
+
+
+@triton.jit(do_not_specialize=["subs", "wanted"])
 def _prefill(
-    q_ptr, kv_ptr, table_ptr, lens_ptr, start_ptr, tiles_ptr, out_ptr,
+    q_ptr, kv_ptr, table_ptr, lens_ptr, start_ptr, tiles_ptr, out_ptr, part_ptr, stats_ptr, counters_ptr,
     q_stride_t, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,
-    out_stride_t, out_stride_n, scale_log2, cap_log2, window,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    out_stride_t, out_stride_n, scale_log2, cap_log2, window, subs, wanted,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr,
+    PACK: tl.constexpr, SHORTEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SHARES: tl.constexpr,
     IS_EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.program_id(0), tl.program_id(1)
+    unit, head = tl.program_id(0), tl.program_id(1) * PACK
     start_next(PDL)
     wait_for_previous(PDL)
+    tile, sub = unit // subs, unit % subs
     row = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
-    offset = tl.load(tiles_ptr + 2 * tile + 1).to(tl.int32)
+    tile_offset = tl.load(tiles_ptr + 2 * tile + 1).to(tl.int32)
     token = tl.load(start_ptr + row)
     count = (tl.load(start_ptr + row + 1) - token).to(tl.int32)
     length = tl.load(lens_ptr + row).to(tl.int32)
+    offset = tile_offset + sub * QUERIES
     # A captured step has tiles for its longest span; there is nothing to do behind a shorter one.
     if offset >= count:
         return
     m, n, h = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_H)
-    is_query = (offset + m < count)[:, None] & (h[None, :] < HEAD)
-    q_line = (token + offset + m)[:, None]
-    q = tl.load(q_ptr + q_line * q_stride_t + head * q_stride_n + h[None, :], mask=is_query, other=0.0)
+    query = m // PACK
+    is_own = (query < QUERIES) & (offset + query < tl.minimum(count, tile_offset + TILE))
+    is_query = is_own[:, None] & (h[None, :] < HEAD)
+    q_line, q_head = (token + offset + query)[:, None], (head + m % PACK)[:, None]
+    q = tl.load(q_ptr + q_line * q_stride_t + q_head * q_stride_n + h[None, :], mask=is_query, other=0.0)
     first_position = length - count + offset
-    q_position = first_position + m
-    last = tl.minimum(length, first_position + BLOCK_M)
+    q_position = first_position + query
+    last = tl.minimum(length, first_position + QUERIES)
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(0, first_position - window + 1)
     # Keys up to the first query's own are seen by the whole tile.
     whole = low + (first_position + 1 - low) // BLOCK_N * BLOCK_N
+    used = 1
+    if HAS_SHARES:
+        pieces = tl.minimum(wanted, tl.maximum((last - low) // SHORTEST, 1))
+        share = tl.cdiv(tl.cdiv(last - low, pieces), BLOCK_N) * BLOCK_N
+        used = tl.cdiv(last - low, share)
+        low += tl.program_id(2) * share
+        if low >= last:
+            return
+        last = tl.minimum(last, low + share)
+        whole = tl.maximum(low, tl.minimum(whole, last))
     best = tl.full((BLOCK_M,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
@@ -114,9 +201,57 @@ def _prefill(
             page_stride, token_stride, scale_log2, cap_log2, window, n, h,
             HEAD, PAGE, HAS_CAP, HAS_WINDOW, True, IS_EXACT, HEAD != BLOCK_H,
         )  # fmt: skip
-    out = acc / tl.maximum(total, 1e-30)[:, None]
-    at_out = out_ptr + q_line * out_stride_t + head * out_stride_n + h[None, :]
-    tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=is_query)
+    at_out = out_ptr + q_line * out_stride_t + q_head * out_stride_n + h[None, :]
+    if used == 1:
+        _write(acc, total, at_out, is_query)
+    else:
+        group = unit * tl.num_programs(1) + tl.program_id(1)
+        first = group.to(tl.int64) * tl.num_programs(2)
+        line = first + tl.program_id(2)
+        tl.store(part_ptr + line * BLOCK_M * BLOCK_H + m[:, None] * BLOCK_H + h[None, :], acc)
+        tl.store(stats_ptr + line * 2 * BLOCK_M + m, best)
+        tl.store(stats_ptr + (line * 2 + 1) * BLOCK_M + m, total)
+        # All lanes have stored before one of them says so.
+        tl.debug_barrier()
+        if tl.atomic_add(counters_ptr + group, 1, sem="acq_rel") == used - 1:
+            acc, total = _join(part_ptr, stats_ptr, first, used, m, h, BLOCK_M, BLOCK_H)
+            _write(acc, total, at_out, is_query)
+            tl.store(counters_ptr + group, 0)
+
+
+def _ceil(number: int, step: int) -> int:
+    return -(-number // step)
+
+
+def choose_shares(units: int, bound: int, cut: Cut, *, sms: int) -> tuple[int, int]:
+    """Return how many shares a long context is to have, and how many one of at most `bound` keys can have.
+
+    `units` are the programs of one share. A power of two, so that a step that is padded to some tiles more is
+    cut as the step itself is; the second number alone depends on the bound, and changes no result.
+    """
+    wanted = max(1, min(MAX_SHARES, sms * cut.per_sm // max(1, units)))
+    wanted = 1 << (wanted.bit_length() - 1)
+    return wanted, max(1, min(wanted, bound // cut.shortest))
+
+
+def choose_launch(
+    q_TNH: Tensor, num_tiles: int, group: int, bound: int, cut: Cut | None, *, may_cut: bool
+) -> Launch:
+    """Return how a step of so many tiles runs; a function of host bounds alone. `bound` is in keys."""
+    tokens, heads, _ = q_TNH.shape
+    is_exact, tile = q_TNH.dtype == torch.float32, tile_queries(q_TNH.dtype)
+    if may_cut:
+        cut = cut or (EXACT_CUT if is_exact else CUT)
+        pack = next(n for n in range(min(group, MAX_PACK), 0, -1) if group % n == 0)
+        queries = _ceil(tile, _ceil(tile, cut.lines // pack))
+        subs = _ceil(min(tile, tokens), queries)
+        # A tile that is not full adds one program at most to those its queries fill.
+        units = min(num_tiles * subs, num_tiles + (tokens - 1) // queries) * (heads // pack)
+        wanted, shares = choose_shares(units, bound, cut, sms=sms_of(q_TNH))
+        if wanted > 1:
+            return Launch(cut, pack, queries, subs, wanted, shares)
+    keys, stages = (32, 1) if is_exact else (64, 2)
+    return Launch(Cut(tile, keys, 4, stages, 1, 1), 1, tile, 1, 1, 1)
 
 
 def paged_prefill(
@@ -130,23 +265,33 @@ def paged_prefill(
     scale: float,
     window: int,
     softcap: float,
+    counters: Tensor | None = None,
+    cut: Cut | None = None,
 ) -> None:
-    """Attend and write `out_TNH`; see `kernels/paged_prefill.py`. Only enqueues."""
+    """Attend and write `out_TNH`; see `kernels/paged_prefill.py`. Only enqueues. `cut` is for tuning."""
     _, heads, size = q_TNH.shape
     _, _, page_tokens, kv_heads, _ = kv_P2tKH.shape
     if len(tiles_M2) == 0:
         return
-    is_exact = q_TNH.dtype == torch.float32
-    block_h = max(16, triton.next_power_of_2(size))
-    block_m = tile_queries(q_TNH.dtype)
-    block_n = 32 if is_exact else 64
-    _prefill[(len(tiles_M2), heads)](
-        q_TNH, kv_P2tKH, table_BC, seq_lens_B, query_start_B, tiles_M2, out_TNH,
+    bound = table_BC.shape[1] * page_tokens
+    bound = min(bound, window + tile_queries(q_TNH.dtype)) if window else bound
+    way = choose_launch(q_TNH, len(tiles_M2), heads // kv_heads, bound, cut, may_cut=counters is not None)
+    cut, block_h = way.cut, max(16, 1 << (size - 1).bit_length())
+    grid = (len(tiles_M2) * way.subs, heads // way.pack, way.shares)
+    part = stats = zeros = q_TNH
+    if way.shares > 1 and counters is not None:
+        assert grid[0] * grid[1] <= len(counters), "a counter for what is joined"
+        lines, zeros = math.prod(grid) * cut.lines, counters
+        part = torch.empty(lines, block_h, dtype=torch.float32, device=q_TNH.device)
+        stats = torch.empty(lines, 2, dtype=torch.float32, device=q_TNH.device)
+    _prefill[grid](
+        q_TNH, kv_P2tKH, table_BC, seq_lens_B, query_start_B, tiles_M2, out_TNH, part, stats, zeros,
         q_TNH.stride(0), q_TNH.stride(1), kv_P2tKH.stride(0), kv_P2tKH.stride(1), kv_P2tKH.stride(2),
         kv_P2tKH.stride(3), table_BC.stride(0), out_TNH.stride(0), out_TNH.stride(1),
-        scale * LOG2_E, softcap * LOG2_E if softcap else 1.0, window,
-        GROUP=heads // kv_heads, HEAD=size, PAGE=page_tokens, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_H=block_h, HAS_CAP=softcap > 0, HAS_WINDOW=window > 0, IS_EXACT=is_exact,
-        num_warps=4, num_stages=1 if is_exact else 2,
+        scale * LOG2_E, softcap * LOG2_E if softcap else 1.0, window, way.subs, way.wanted,
+        GROUP=heads // kv_heads, HEAD=size, PAGE=page_tokens, TILE=tile_queries(q_TNH.dtype),
+        QUERIES=way.queries, PACK=way.pack, SHORTEST=cut.shortest, BLOCK_M=cut.lines, BLOCK_N=cut.keys,
+        BLOCK_H=block_h, HAS_CAP=softcap > 0, HAS_WINDOW=window > 0, HAS_SHARES=way.shares > 1,
+        IS_EXACT=q_TNH.dtype == torch.float32, num_warps=cut.warps, num_stages=cut.stages,
         **launch_options(q_TNH),
     )  # fmt: skip
