@@ -1,8 +1,8 @@
 """How does attention run on an NVIDIA GPU? One-token rows and longer spans, each by a kernel of its own.
 
-One-token rows split their context over the whole GPU; spans run in tiles of queries. Both read the pages in
-place, through the block table. What the kernels need of the plan (where tiles start) follows from host
-bounds alone and is copied once a step; lengths are read on the device.
+One-token rows split their contexts evenly over the whole GPU; spans run in tiles of queries. Both read the
+pages in place, through the block table. What the kernels need of the plan is made once a step: where tiles
+start follows from host bounds, and where the rows' work is cut from the lengths, on the device.
 Invariant: nothing here waits for the device or depends on its values, so that a step of one-token rows may be
 captured and replayed for other lengths.
 T tokens, N query heads, K kv heads, H head size, B rows, R one-token rows, M tiles of queries.
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from slipstream.attention.base import AttentionCapability, AttentionPlan, AttentionSpec, Rotation
 from slipstream.core.batch import ForwardBatch
+from slipstream.kernels.balanced_decode import balanced_decode_op
+from slipstream.kernels.decode_borders import decode_borders_op
+from slipstream.kernels.decode_shares import keys_of_unit, num_programs
 from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode_op
 from slipstream.kernels.paged_prefill import paged_prefill_op
 from slipstream.kernels.plugins import KERNELS
@@ -28,8 +31,10 @@ from slipstream.kernels.store_slots import store_slots_op
 MAX_HEAD_DIM = 256
 MIN_SM = 80
 TILES = "tiles"
+BORDERS = "borders"
+PAGED_DECODE = "paged_decode"
 # The ops that one kernel does together for one row, unless an outside kernel is to do one of them.
-PARTS_OF_ONE = frozenset({"rotary_store", "paged_decode"})
+PARTS_OF_ONE = frozenset({"rotary_store", PAGED_DECODE})
 
 
 class TritonAttention:
@@ -119,17 +124,43 @@ class TritonAttention:
         settings = (spec.scale, spec.window, spec.softcap)
         rows = plan.num_decodes
         if rows:
-            longest = max(plan.max_seq_lens[:rows])
-            lens_R = batch.seq_lens[:rows]
-            counters = self._zeros(q_TNH.device)
-            paged_decode_op(
-                q_TNH[:rows], kv_P2tKH, table_BC, lens_R, out_TNH[:rows], counters, longest, *settings
-            )
+            cache = (kv_P2tKH, table_BC, batch.seq_lens[:rows])
+            self._attend_rows(q_TNH[:rows], cache, out_TNH[:rows], plan, settings)
         if rows < len(plan.query_lens):
             where = (batch.seq_lens, batch.query_start, self._tiles(plan, q_TNH))
             counters = self._zeros(q_TNH.device)
             paged_prefill_op(q_TNH, kv_P2tKH, table_BC, *where, out_TNH, *settings, counters)
         return out_TNH
+
+    def _attend_rows(
+        self,
+        q_RNH: Tensor,
+        cache: tuple[Tensor, Tensor, Tensor],
+        out_RNH: Tensor,
+        plan: AttentionPlan,
+        settings: tuple[float, int, float],
+    ) -> None:
+        """Attend for the rows of one token: one alone in shares of its context, several in shares of all."""
+        counters, rows = self._zeros(q_RNH.device), len(q_RNH)
+        if rows == 1 or PAGED_DECODE in KERNELS.on_gpu:
+            longest = max(plan.max_seq_lens[:rows])
+            paged_decode_op(q_RNH, *cache, out_RNH, counters, longest, *settings)
+            return
+        borders = self._borders(q_RNH, cache, plan, settings[1])
+        balanced_decode_op(q_RNH, *cache, borders, out_RNH, counters, *settings)
+
+    def _borders(
+        self, q_RNH: Tensor, cache: tuple[Tensor, Tensor, Tensor], plan: AttentionPlan, window: int
+    ) -> Tensor:
+        """Return where the work of the rows is cut: made once a step for layers that see as far."""
+        kv_P2tKH, _, lens_R = cache
+        kv_heads, size = kv_P2tKH.shape[3:]
+        cut = (kv_heads, keys_of_unit(q_RNH.dtype, size), window)
+        borders = plan.step_cache.get((BORDERS, *cut))
+        if borders is None:
+            borders = decode_borders_op(lens_R, None, *cut, num_programs(q_RNH.device))
+            plan.step_cache[(BORDERS, *cut)] = borders
+        return borders
 
     def _zeros(self, device: torch.device) -> Tensor:
         """Return the counters of the decode kernel: made once, for captured steps hold their address."""

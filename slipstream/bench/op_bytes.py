@@ -117,5 +117,6 @@ class StepBytes:
             "native::attention": all_kv,
             "slipstream::paged_attention": all_kv,
             "slipstream::paged_decode": self.decode_kv + self.one_token_kv,
+            "slipstream::balanced_decode": self.decode_kv + self.one_token_kv,
             "slipstream::paged_prefill": self.span_kv,
         }.get(op)

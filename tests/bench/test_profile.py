@@ -155,6 +155,7 @@ def test_steps_are_counted_by_kind() -> None:
     assert counted.bytes_of("native::decode") == 110 + 32
     assert counted.bytes_of("native::decoder_blocks") == 100 + 16 + 10
     assert counted.bytes_of("slipstream::paged_decode") == 32 + 16
+    assert counted.bytes_of("slipstream::balanced_decode") == 32 + 16
     assert counted.bytes_of("slipstream::paged_prefill") == 10
     assert counted.bytes_of("aten::mm") is None and counted.total == 220 + 58
 
@@ -184,4 +185,4 @@ def test_a_gpu_shows_its_kernels(folder: Path, tmp_path: Path, is_eager: bool) -
     assert kernels and sum(row.share for row in kernels) <= 1.0
     if is_eager:
         known = [row for row in found.rows if row.kind == "op" and row.ceiling_share is not None]
-        assert {"slipstream::paged_decode", "slipstream::rotary_store"} <= {row.name for row in known}
+        assert {"slipstream::balanced_decode", "slipstream::rotary_store"} <= {row.name for row in known}

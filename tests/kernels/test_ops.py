@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from slipstream.kernels.balanced_decode import balanced_decode_op
+from slipstream.kernels.decode_borders import decode_borders_op
 from slipstream.kernels.gelu_and_mul import gelu_and_mul, gelu_and_mul_op
 from slipstream.kernels.paged_attention import paged_attention, paged_attention_op
 from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode_op
@@ -69,10 +71,20 @@ def test_attention_over_pages_declares_what_it_writes() -> None:
     lens, start = torch.tensor([7, 3]), torch.tensor([0, 2, 5])
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32)
     decode = (draw(2, 4, 8), pages, table, lens, torch.empty(2, 4, 8), counters, 8, 0.3, 0, 0.0)
+    cut = (lens, None, 2, 4, 0, 6)
+    borders = decode_borders_op(*cut)
+    balanced = (draw(2, 4, 8), pages, table, lens, borders, torch.empty(2, 4, 8), counters, 0.3, 0, 0.0)
     tiles = torch.tensor([[0, 0], [1, 0]], dtype=torch.int32)
     prefill = (draw(5, 4, 8), pages, table, lens, start, tiles, torch.empty(5, 4, 8), 0.3, 2, 5.0)
     slots = (draw(3, 2, 8), draw(3, 2, 8), pages, torch.tensor([5, -1, 9]))
-    for op, arguments in ((paged_decode_op, decode), (paged_prefill_op, prefill), (store_slots_op, slots)):
+    calls = (
+        (paged_decode_op, decode),
+        (decode_borders_op, cut),
+        (balanced_decode_op, balanced),
+        (paged_prefill_op, prefill),
+        (store_slots_op, slots),
+    )
+    for op, arguments in calls:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

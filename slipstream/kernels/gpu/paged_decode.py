@@ -28,6 +28,14 @@ PROGRAMS_PER_SM = 4
 MAX_SPLITS = 16
 # Fewer positions than this are not shared: joining would cost more.
 MIN_SHARE = 64
+# Values of parts that are joined at once: 32 for each thread.
+JOINED_VALUES = 4096
+
+
+@triton.constexpr_function
+def lines_of(group):
+    """Return the smallest power of two that holds the query heads of a kv head."""
+    return triton.next_power_of_2(group)
 
 
 @triton.jit
@@ -43,31 +51,31 @@ def capped_scores(scores, scale_log2, cap_log2, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _join(
-    part_ptr, stats_ptr, out_ptr, out_stride_n, first_line, heads, used, g, h,
-    N: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Join the shares of one row and kv head. Past the L1, which knows nothing of other programs' stores."""
-    s = tl.arange(0, BLOCK_S)
-    line = (first_line + s)[None, :] * N + heads[:, None]
-    is_used = (g < GROUP)[:, None] & (s < used)[None, :]
-    best = tl.load(stats_ptr + line * 2, mask=is_used, other=-1e30, cache_modifier=".cg")
-    total = tl.load(stats_ptr + line * 2 + 1, mask=is_used, other=0.0, cache_modifier=".cg")
-    largest = tl.max(best, 1)
-    total = tl.sum(total * tl.exp2(best - largest[:, None]), 1)
-    acc = tl.zeros((BLOCK_G, BLOCK_H), tl.float32)
-    is_head = (g < GROUP)[:, None] & (h < HEAD)[None, :]
-    for i in range(used):
-        own = (first_line + i) * N + heads
-        weight = tl.exp2(
-            tl.load(stats_ptr + own * 2, mask=g < GROUP, other=-1e30, cache_modifier=".cg") - largest
-        )
-        place = part_ptr + own[:, None] * HEAD + h[None, :]
-        acc += tl.load(place, mask=is_head, other=0.0, cache_modifier=".cg") * weight[:, None]
+def add_parts(acc, best, total, part_ptr, stats_ptr, line_SG, is_part_SG, h, HEAD: tl.constexpr):
+    """Add the parts that stand at some lines to what is joined already: [G, H], and maxima and sums [G].
+
+    All of them are on their way at once, and past the L1, which knows nothing of other programs' stores.
+    """
+    part_best = tl.load(stats_ptr + line_SG * 2, mask=is_part_SG, other=-1e30, cache_modifier=".cg")
+    part_total = tl.load(stats_ptr + line_SG * 2 + 1, mask=is_part_SG, other=0.0, cache_modifier=".cg")
+    place = part_ptr + line_SG[:, :, None] * HEAD + h[None, None, :]
+    is_value = is_part_SG[:, :, None] & (h < HEAD)[None, None, :]
+    values = tl.load(place, mask=is_value, other=0.0, cache_modifier=".cg")
+    larger = tl.maximum(best, tl.max(part_best, 0))
+    weights = tl.exp2(part_best - larger[None, :])
+    shrink = tl.exp2(best - larger)
+    total = total * shrink + tl.sum(part_total * weights, 0)
+    acc = acc * shrink[:, None] + tl.sum(values * weights[:, :, None], 0)
+    return acc, larger, total
+
+
+@triton.jit
+def store_joined(acc, total, out_ptr, out_stride_n, kv_head, h, GROUP: tl.constexpr, HEAD: tl.constexpr):
+    """Write the heads [G, H] of a row that one kv head serves, `out_ptr` being the row's."""
+    g = tl.arange(0, acc.shape[0])
     out = acc / tl.maximum(total, 1e-30)[:, None]
-    at_out = out_ptr + heads[:, None] * out_stride_n + h[None, :]
-    tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=is_head)
+    at_out = out_ptr + (kv_head * GROUP + g)[:, None] * out_stride_n + h[None, :]
+    tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=(g[:, None] < GROUP) & (h[None, :] < HEAD))
 
 
 @triton.jit
@@ -128,13 +136,11 @@ def finish_share(
     """Write the output of a row and kv head, or this share of it; whoever comes last joins the shares."""
     g, h = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
     heads = kv_head * GROUP + g
-    is_head = (g[:, None] < GROUP) & (h[None, :] < HEAD)
     if used == 1:
-        out = acc / tl.maximum(total, 1e-30)[:, None]
-        at_out = out_ptr + heads[:, None] * out_stride_n + h[None, :]
-        tl.store(at_out, out.to(out_ptr.dtype.element_ty), mask=is_head)
+        store_joined(acc, total, out_ptr, out_stride_n, kv_head, h, GROUP, HEAD)
     elif SPLITS > 1:
         line = (row * SPLITS + split) * N + heads
+        is_head = (g[:, None] < GROUP) & (h[None, :] < HEAD)
         tl.store(part_ptr + line[:, None] * HEAD + h[None, :], acc, mask=is_head)
         tl.store(stats_ptr + line * 2, best, mask=g < GROUP)
         tl.store(stats_ptr + line * 2 + 1, total, mask=g < GROUP)
@@ -142,10 +148,17 @@ def finish_share(
         tl.debug_barrier()
         counter = counters_ptr + row * (N // GROUP) + kv_head
         if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
-            _join(
-                part_ptr, stats_ptr, out_ptr, out_stride_n, row * SPLITS, heads, used, g, h,
-                N, GROUP, HEAD, SPLITS, BLOCK_G, BLOCK_H, BLOCK_S,
-            )  # fmt: skip
+            few: tl.constexpr = lines_of(GROUP)
+            f, s = tl.arange(0, few), tl.arange(0, BLOCK_S)
+            joined = tl.zeros((few, BLOCK_H), tl.float32)
+            largest, sums = tl.full((few,), -1e30, tl.float32), tl.zeros((few,), tl.float32)
+            for at in range(0, used, BLOCK_S):
+                lines = ((row * SPLITS + at + s) * N)[:, None] + (kv_head * GROUP + f)[None, :]
+                is_part = (at + s < used)[:, None] & (f < GROUP)[None, :]
+                joined, largest, sums = add_parts(
+                    joined, largest, sums, part_ptr, stats_ptr, lines, is_part, h, HEAD
+                )
+            store_joined(joined, sums, out_ptr, out_stride_n, kv_head, h, GROUP, HEAD)
             tl.store(counter, 0)
 
 
@@ -228,11 +241,17 @@ def shape_of(x: Tensor, kv_P2tKH: Tensor, rows: int, heads: int, max_len: int, w
         "BLOCK_G": max(16, triton.next_power_of_2(heads // kv_heads)),
         "BLOCK_N": 32 if is_exact or block_h > 128 else 64,
         "BLOCK_H": block_h,
-        "BLOCK_S": triton.next_power_of_2(splits),
+        "BLOCK_S": min(triton.next_power_of_2(splits), parts_at_once(heads // kv_heads, size)),
         "IS_EXACT": is_exact,
         "num_warps": 4,
         "num_stages": 2 if is_exact else 3,
     }
+
+
+def parts_at_once(group: int, size: int) -> int:
+    """Return how many parts, each of a kv head's query heads, are joined at once; a power of two."""
+    values: int = triton.next_power_of_2(group) * max(16, triton.next_power_of_2(size))
+    return max(1, min(MAX_SPLITS, JOINED_VALUES // values))
 
 
 def make_parts(

@@ -27,10 +27,14 @@ MIXED = ((1, 5), (1, 130), (2, 2), (7, 40), (40, 40), (70, 111))
 def kernels_instead_of_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_GPU:
         return
+    from slipstream.kernels.gpu.balanced_decode import balanced_decode
+    from slipstream.kernels.gpu.decode_borders import decode_borders
     from slipstream.kernels.gpu.paged_decode import paged_decode
     from slipstream.kernels.gpu.paged_prefill import paged_prefill
     from slipstream.kernels.gpu.store_slots import store_slots
 
+    monkeypatch.setattr(backend_file, "balanced_decode_op", balanced_decode)
+    monkeypatch.setattr(backend_file, "decode_borders_op", decode_borders)
     monkeypatch.setattr(backend_file, "paged_decode_op", paged_decode)
     monkeypatch.setattr(backend_file, "paged_prefill_op", paged_prefill)
     monkeypatch.setattr(backend_file, "store_slots_op", store_slots)
