@@ -37,6 +37,7 @@ class InstantRunner:
 
     has_model = True
     needs_host_tokens = False
+    wants_capture = False
     counters: dict[str, int] = {}  # noqa: RUF012
 
     def __init__(self, words: list[int]) -> None:
@@ -60,6 +61,12 @@ class InstantRunner:
         return None
 
     def make_pages(self) -> None:
+        return None
+
+    def capture_within(self, budget_s: float) -> None:
+        return None
+
+    def capture_wanted(self) -> None:
         return None
 
 

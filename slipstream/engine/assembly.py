@@ -36,7 +36,6 @@ from slipstream.core.limits import Limits
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine import Engine
 from slipstream.engine.faults import describe_fault
-from slipstream.engine.graph_config import num_graphs
 from slipstream.engine.invariance import require_invariance
 from slipstream.engine.kernel_choice import kernel_lines, load_plugins
 from slipstream.engine.ledger import DeviceMemory, Ledger, memory_of, tensor_bytes
@@ -44,6 +43,7 @@ from slipstream.engine.pacing import Pacing
 from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, fit_capacity, resolve
 from slipstream.engine.runner import Runner
 from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.step_shapes import StepShapes
 from slipstream.engine.warm_up import NUM_PAGES, Measured, StepBounds, measure_worst_case
 from slipstream.kernels.cpu.library import LibraryUnavailable, library
 from slipstream.models.loading import load_weights
@@ -148,10 +148,11 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         eos = _eos_token_ids(tokenizer, checkpoint)
     finally:
         checkpoint.close()
+    shapes = _shapes(config, resolved, backend)
     engine, capacity, limits, ledger = _build_engine(
-        model, groups, backend, resolved, config, facts, eos, memory, clock
+        model, groups, backend, resolved, config, facts, eos, memory, clock, shapes
     )
-    graphs = _graph_line(resolved, backend)
+    graphs = _capture(engine, shapes, resolved, clock)
     kernels = kernel_lines(model, backend, device, resolved.dtype)
     report = _report(resolved, capacity, limits, ledger, [why, *kernels], graphs, clock.line())
     for line in report:
@@ -182,10 +183,10 @@ def _build_engine(
     eos: tuple[int, ...],
     memory: DeviceMemory,
     clock: PhaseClock,
+    shapes: StepShapes,
 ) -> tuple[Engine, Capacity, Limits, Ledger]:
     """Measure memory, size the pool, and join cache, scheduler and runner."""
     device = torch.device(resolved.device)
-    graph_sizes = _graph_sizes(config, resolved, backend)
 
     def make_runner(num_pages: int, max_seq_len: int) -> Runner:
         return Runner(
@@ -197,15 +198,14 @@ def _build_engine(
             kv_dtype=getattr(torch, resolved.kv_dtype),
             device=device,
             backend=backend,
-            graph_sizes=graph_sizes,
-            has_graph_padding=resolved.has_graph_padding,
+            shapes=shapes,
         )
 
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     with clock.phase("warm-up"):
         bounds = _bounds_of(resolved, groups, backend)
         make_small = functools.partial(make_runner, NUM_PAGES, resolved.max_seq_len)
-        measured = _measure(make_small, memory, bounds, graph_sizes)
+        measured = _measure(make_small, memory, bounds, shapes)
     free_bytes = memory.free()
     entries = _entries(resolved, memory, measured, weight_bytes)
     try:
@@ -240,7 +240,7 @@ def _build_engine(
         enable_chunked_prefill=resolved.enable_chunked_prefill,
         policy=resolved.capacity_policy,
         chunking_policy=resolved.chunking_policy,
-        pacing=_pacing(resolved),
+        pacing=_pacing(resolved, shapes),
     )
     with clock.phase("pool"):
         runner = make_runner(capacity.num_pages, max_seq_len)
@@ -252,13 +252,12 @@ def _build_engine(
 
 
 def _measure(
-    make_runner: Callable[[], Runner], memory: DeviceMemory, bounds: StepBounds, graph_sizes: tuple[int, ...]
+    make_runner: Callable[[], Runner], memory: DeviceMemory, bounds: StepBounds, shapes: StepShapes
 ) -> Measured | None:
     """Run the worst steps where what they take can be measured."""
     if not memory.can_measure:
         return None
-    count = num_graphs(graph_sizes)
-    return measure_worst_case(make_runner, memory, bounds, graph_sizes=graph_sizes, num_graphs=count)
+    return measure_worst_case(make_runner, memory, bounds, shapes=shapes)
 
 
 def _bounds_of(resolved: ResolvedConfig, groups: list[CacheGroup], backend: AttentionBackend) -> StepBounds:
@@ -314,40 +313,57 @@ def require_room_for_weights(
         )
 
 
-def _pacing(resolved: ResolvedConfig) -> Pacing | None:
+def _pacing(resolved: ResolvedConfig, shapes: StepShapes) -> Pacing | None:
     """Return what keeps prompts from stalling streams, where that is asked for."""
     if resolved.max_decode_stretch is None:
         return None
     # Shorter chunks would cost more in overhead than they take from anybody's wait.
     min_chunk = max(resolved.kv_cache.tokens_per_block, resolved.max_num_tokens // 32)
-    return Pacing(max_decode_stretch=resolved.max_decode_stretch, min_chunk=min_chunk)
+    return Pacing(
+        max_decode_stretch=resolved.max_decode_stretch, min_chunk=min_chunk, even_chunks=shapes.token_steps
+    )
 
 
-def _graph_sizes(
-    config: EngineConfig, resolved: ResolvedConfig, backend: AttentionBackend
-) -> tuple[int, ...]:
-    """Return the step sizes to capture. Raises ConfigError where they were asked for and cannot be."""
+def _shapes(config: EngineConfig, resolved: ResolvedConfig, backend: AttentionBackend) -> StepShapes:
+    """Return the steps to capture. Raises ConfigError where they were asked for and cannot be."""
     if backend.capability.graph:
-        return resolved.graph_sizes
+        return StepShapes.create(
+            resolved.graph_sizes,
+            has_padding=resolved.has_graph_padding,
+            max_num_tokens=resolved.max_num_tokens,
+            max_seq_len=resolved.max_seq_len,
+        )
     if config.cuda_graph_config is not None:
         raise ConfigError(
             f"cuda_graph_config is set, and the steps of {type(backend).__name__} cannot be captured; leave "
             "it unset, or attn_backend='auto'."
         )
-    return ()
+    return StepShapes()
 
 
-def _graph_line(resolved: ResolvedConfig, backend: AttentionBackend) -> str:
-    """Say which decode steps are replayed, "" where nobody would expect any to be."""
-    sizes = resolved.graph_sizes
+def _capture(engine: Engine, shapes: StepShapes, resolved: ResolvedConfig, clock: PhaseClock) -> str:
+    """Capture what the budget allows, before there are requests; returns the report's line."""
+    if shapes.has_padding and len(shapes):
+        with clock.phase("capture"):
+            engine.runner.capture_within(resolved.capture_budget_s)
+    return _graph_line(resolved, shapes, engine.runner.counters["num_graphs"])
+
+
+def _graph_line(resolved: ResolvedConfig, shapes: StepShapes, num_captured: int) -> str:
+    """Say which steps are replayed, "" where nobody would expect any to be."""
+    sizes = shapes.sizes
     if resolved.device == "cpu":
         return ""
-    if not sizes or not backend.capability.graph:
-        return f"captured steps: none ({'this attention backend' if sizes else 'enforce_eager'})"
-    padded = ", smaller ones padded" if resolved.has_graph_padding else ""
+    if not sizes:
+        why = "this attention backend" if resolved.graph_sizes else "enforce_eager"
+        return f"captured steps: none ({why})"
+    padded = ", smaller ones padded" if shapes.has_padding else ""
+    decoding = f"decoding {sizes[0]} to {sizes[-1]} requests ({len(sizes)} sizes{padded})"
+    if not shapes.has_padding:
+        return f"captured steps: {decoding} and prompts alone, each when it is first met"
     return (
-        f"captured steps: decoding {sizes[0]} to {sizes[-1]} requests ({len(sizes)} sizes{padded}) and short "
-        "prompts alone, each when it is first met"
+        f"captured steps: {num_captured} of {len(shapes)}, {decoding}, with pieces of prompts beside them "
+        f"({len(shapes.mixed)}) and prompts alone ({len(shapes.lone)}); what is missed, while nothing runs"
     )
 
 

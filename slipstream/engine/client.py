@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# So long nothing has come before the engine uses the time: requests that follow each other do not wait.
+QUIET_S = 0.05
 STOPPED = "The engine is shut down; create a new LLM."
 
 
@@ -175,10 +177,30 @@ class InProcessClient:
             return Health("asleep", refusal.message, self.num_steps)
         return Health("ready", "", self.num_steps)
 
-    def events(self, timeout_s: float) -> list[TokenEvent]:
+    def use_quiet(self) -> bool:
+        """Let the engine prepare a part of what later steps want, if it has any; says whether it did."""
         with self._wake:
-            if not self._inbox and not self.engine.has_work and not self._is_closed:
-                self._wake.wait(timeout_s)
+            if not self.is_idle or self._is_closed or not self.engine.can_prepare:
+                return False
+        self._busy_since_s = time.monotonic()
+        try:
+            self.engine.prepare()
+        finally:
+            self._busy_since_s = None
+        return True
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait for something to do, and use the time once it has been quiet for a while."""
+        deadline = time.monotonic() + timeout_s
+        with self._wake:
+            has_use = timeout_s > QUIET_S and self.engine.can_prepare
+            if self.is_idle and not self._is_closed:
+                self._wake.wait(QUIET_S if has_use else timeout_s)
+        while has_use and time.monotonic() < deadline and self.use_quiet():
+            pass
+
+    def events(self, timeout_s: float) -> list[TokenEvent]:
+        self._wait(timeout_s)
         self._busy_since_s = time.monotonic()
         try:
             return self._advance()

@@ -40,6 +40,16 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def can_prepare(self) -> bool:
+        """Say whether the time until the next request could be used for it."""
+        return not self.has_work and not self._in_flight and self.runner.wants_capture
+
+    def prepare(self) -> None:
+        """Do a part of what makes later steps faster; blocks for a part of a second."""
+        if self.can_prepare:
+            self.runner.capture_wanted()
+
     def submit(self, request: Request) -> None:
         if self.refusal is not None:
             raise self.refusal

@@ -27,7 +27,7 @@ from slipstream import __version__
 from slipstream.core.errors import RequestError, SlipstreamError
 from slipstream.core.outputs import TokenEvent
 from slipstream.core.request import Request
-from slipstream.engine.client import InProcessClient, refusal
+from slipstream.engine.client import QUIET_S, InProcessClient, refusal
 from slipstream.engine.engine_info import EngineInfo
 from slipstream.engine.liveness import is_alive, process_of
 from slipstream.engine.request_message import RequestMessage, read_request
@@ -96,6 +96,8 @@ class EngineServer:
         self._numbers = itertools.count()
         self._replies: list[tuple[Peer, Ask, Future[Any]]] = []
         self._heart = Heart(client, heartbeat, self._processes, lambda: self.num_dropped_frames)
+        # Whether the quiet before this moment was used, and so has lasted.
+        self._is_preparing = False
         self._is_draining = False
         self._is_stopping = False
         self.num_dropped_frames = 0
@@ -142,7 +144,9 @@ class EngineServer:
         while self._heart.gone:
             self._lose(self._heart.gone.popleft(), "its process ended")
         if self._client.is_idle and not self._replies:
+            self._is_preparing = self._client.use_quiet()
             return
+        self._is_preparing = False
         events = self._client.events(0.0)
         # A command saw the engine before this step, so its reply goes first.
         for asked in [asked for asked in self._replies if asked[2].done()]:
@@ -154,7 +158,7 @@ class EngineServer:
         """Take what has arrived; waits for it while the engine has nothing to do."""
         zmq, requests = self._zmq, self._socket
         if self._client.is_idle:
-            ready = dict(self._poller.poll(IDLE_POLL_MS))
+            ready = dict(self._poller.poll(self._quiet_ms()))
             if requests not in ready:
                 return
         elif not requests.getsockopt(zmq.EVENTS) & zmq.POLLIN:
@@ -168,6 +172,12 @@ class EngineServer:
                 self._take(identity, frames)
             except WireError as error:
                 self._distrust(identity, str(error))
+
+    def _quiet_ms(self) -> int:
+        """Return how long to wait for frames before the time is used; once it is, no longer."""
+        if not self._client.engine.can_prepare:
+            return IDLE_POLL_MS
+        return 0 if self._is_preparing else int(1e3 * QUIET_S)
 
     def _take(self, identity: bytes, frames: Sequence[bytes]) -> None:
         if identity in self._left:

@@ -11,22 +11,25 @@ from slipstream.core.options import options
 # Where nothing is said: every size while steps are short, then sizes whose padding costs little.
 DEFAULT_SIZES = (1, 2, 3, 4, 6, 8, 12, *range(16, 65, 8), *range(80, 257, 16), *range(288, 513, 32))
 MAX_SIZE = 4096
-# Lengths of a lone prompt whose step is captured (`prompt_graphs.LENGTHS`).
-NUM_PROMPT_LENGTHS = 9
+MAX_BUDGET_S = 600.0
 
 
 @options()
 class CudaGraphConfig:
-    """Which decode steps are captured and replayed. A step whose size is not captured runs kernel by kernel.
+    """Which steps are captured and replayed. A step that no captured one can hold runs kernel by kernel.
 
-    `batch_sizes` are the numbers of rows to capture, each when it is first met; `max_batch_size` bounds
-    them. With `enable_padding` a step takes the next larger size, its unused rows idle; without, only steps
-    of exactly these sizes are replayed. `enforce_eager=True` turns all of it off.
+    `batch_sizes` are the numbers of decoding rows to capture; `max_batch_size` bounds them. With
+    `enable_padding` a step takes the next larger size, its unused rows idle, and steps with pieces of prompts
+    are captured too. Then capturing is done before the engine is ready, the most useful steps first, for at
+    most `capture_budget_s` seconds; what is missed later is captured while no request runs, so that none
+    waits for it. Without padding only steps of exactly these sizes are replayed, and each is captured when it
+    is first met. A lone prompt's step is captured either way. `enforce_eager=True` turns all of it off.
     """
 
     batch_sizes: Sequence[int] | None = None
     max_batch_size: int | None = None
     enable_padding: bool = True
+    capture_budget_s: float = 4.0
 
     def __post_init__(self) -> None:
         sizes = self.batch_sizes
@@ -44,6 +47,11 @@ class CudaGraphConfig:
             raise ConfigError(
                 f"CudaGraphConfig(enable_padding={self.enable_padding!r}) must be True or False."
             )
+        if not _is_budget(self.capture_budget_s):
+            raise ConfigError(
+                f"CudaGraphConfig(capture_budget_s={self.capture_budget_s!r}) must be a number of seconds "
+                f"from 0 (capture nothing before requests come) to {MAX_BUDGET_S:g}."
+            )
 
     def sizes(self, max_batch_size: int) -> tuple[int, ...]:
         """Return the sizes to capture, ascending, for an engine that runs at most so many rows.
@@ -57,10 +65,9 @@ class CudaGraphConfig:
         return (*(size for size in DEFAULT_SIZES if size < bound), bound)
 
 
-def num_graphs(sizes: Sequence[int]) -> int:
-    """Return how many steps may come to be captured: each size and short prompt, greedy and not."""
-    return 2 * (len(sizes) + NUM_PROMPT_LENGTHS) if sizes else 0
-
-
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE
+
+
+def _is_budget(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_BUDGET_S

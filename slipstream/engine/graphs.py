@@ -1,93 +1,98 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""How does a decode step run without the host naming its kernels? Captured once per size, then replayed.
+"""How does a step run without the host naming its kernels? Captured once per shape, then replayed.
 
-A captured step holds everything from the look-up of tokens, positions and pages to the logits, and for greedy
-rows the choice of the token and its place in the row too. The host writes the numbers of the rows, where they
-have changed, and replays; unused rows of a size have the number -1 and touch nothing.
+A captured step holds everything from the look-up of tokens, positions and pages to the logits, and for rows
+that take the greatest one the choice of the token and its place in the row too. The host writes one line of
+numbers and replays; unused lines and tokens of a shape have the number -1 and touch nothing.
+Shapes are captured before the engine is ready or while nothing runs; until then a larger one serves, or the
+step runs kernel by kernel. Only where sizes are not padded is a shape captured when it is met.
 Invariant: a replay computes what the same step would kernel by kernel; nothing here waits for the device but
-the capture itself, when a size is first met. Captured addresses are the rows', the pages' and the weights':
-whoever replaces one of these calls `forget`.
-R rows, G cache groups, C blocks of a row, V vocabulary.
+a capture. Captured addresses are the rows', the pages' and the weights': whoever replaces one of these calls
+`forget`.
+B lines of a step: R one-token rows, then P longer spans; T tokens of these, G cache groups, V vocabulary.
 """
 
 from __future__ import annotations
 
-import bisect
+import contextlib
 import dataclasses
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from slipstream.attention.base import AttentionBackend
+from slipstream.attention.base import AttentionBackend, AttentionPlan
 from slipstream.core.batch import ForwardBatch
 from slipstream.core.plan import StepPlan
+from slipstream.engine.packed_step import Layout, PackedViews, lines_of
 from slipstream.engine.rows import Rows
+from slipstream.engine.step_shapes import StepShape, StepShapes, shape_needed
 from slipstream.kernels.decode_inputs import decode_inputs_op
 from slipstream.kernels.greedy_append import greedy_append_op
+from slipstream.kernels.query_tiles import TILES, tile_queries
+from slipstream.kernels.span_inputs import span_inputs_op
 
 # The pages of each group, and where a layer finds its own: (group, place in the page).
 KvPlaces = tuple[list[Tensor], list[tuple[int, int]]]
 
 logger = logging.getLogger(__name__)
 
-# A row's length on the device decides its position; the host need not name a bound.
-NO_BOUND = 2**40
-PADDING = -1
-
-
-def is_decode_step(plan: StepPlan) -> bool:
-    """Say whether every row of a plan runs its last token and is sampled, and nothing else is wanted."""
-    rows = plan.sample
-    if len(rows) != len(plan.spans) or not rows or plan.logits:
-        return False
-    pairs = zip(plan.spans, rows, strict=True)
-    return all(span.len == 1 and span.row == row and span.parents is None for span, row in pairs)
-
-
-@dataclasses.dataclass(slots=True)
-class StaticInputs:
-    """What every captured step reads and writes, at addresses that stay; sliced to the size of a step."""
-
-    plan: Tensor
-    token_ids_R: Tensor
-    positions_R: Tensor
-    seq_lens_R: Tensor
-    slots: Tensor
-    table: Tensor
-    query_start: Tensor
-    drawn: Tensor
-
-    @classmethod
-    def create(cls, max_size: int, rows: Rows, device: torch.device) -> StaticInputs:
-        groups, _, blocks = rows.block_table.shape
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        return cls(
-            plan=zeros(2 * max_size),
-            token_ids_R=zeros(max_size),
-            positions_R=zeros(max_size),
-            seq_lens_R=zeros(max_size),
-            slots=zeros(groups * max_size),
-            table=zeros(groups, max_size, blocks, dtype=torch.int32),
-            query_start=torch.arange(max_size + 1, device=device),
-            drawn=zeros(2 * max_size),
-        )
-
 
 @dataclasses.dataclass(slots=True)
 class Captured:
-    """One captured step: `logits_RV` of all its rows, and what a greedy one drew [2, R]."""
+    """One captured step: logits [B, V], and what was drawn and judged [3, B] (see `StepOutput`)."""
 
     graph: Any
-    logits_RV: Tensor
-    drawn_2R: Tensor
+    logits_BV: Tensor
+    drawn_3B: Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class StepOutput:
+    """What a replayed or native step left, until the next one: a line for each row, in a shape's order.
+
+    `drawn` holds token ids and statuses of the lines that were chosen inside, and (of steps with prompts)
+    whether a line's hidden state is finite. `lines` are those of the plan's spans, in their order.
+    """
+
+    logits_BV: Tensor
+    drawn: Tensor
+    lines: Sequence[int]
+
+
+class Borrowed:
+    """A tensor of a captured step without its memory, which the next capture may have too.
+
+    Steps run one after another and what one leaves is read before the next, so they can all leave it in the
+    same place. The protocol is numba's `__cuda_array_interface__`, version 3.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "typestr": f"<f{size}",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+@contextlib.contextmanager
+def collector_off() -> Generator[None]:
+    """Keep Python from collecting cycles for a while."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class GraphCapture:
@@ -95,137 +100,263 @@ class GraphCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # Memory of the pool is kept by stream, so all captures have the same one.
         self._pool: Any = None
+        self._stream: Any = None
         self.num_bytes = 0
         self.num_replays = 0
         self.num_captures = 0
 
     def forget(self) -> None:
         """Let go of the pool; whoever holds a captured step lets go of it too."""
-        self._pool, self.num_bytes = None, 0
+        self._pool = self._stream = None
+        self.num_bytes = 0
 
-    def run(self, step: Callable[[], tuple[Tensor, Tensor]], what: str) -> Captured:
+    def run(self, step: Callable[[], tuple[Tensor, Tensor]]) -> Captured:
         """Run a step, so that every kernel is loaded, then capture it. Blocks.
 
         Steps share the pool, since only one runs at a time and what it leaves is read before the next.
         """
-        started = time.monotonic()
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
         step()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            # Read here, since entering a capture gives back what is cached.
-            before = torch.cuda.memory_reserved(self._device)
-            logits_RV, drawn_2R = step()
+        torch.cuda.synchronize(self._device)
+        before = torch.cuda.memory_reserved(self._device)
+        # Not torch.cuda.graph, which gives back all cached memory, pinned memory too, at every capture. A
+        # graph that the collector finds meanwhile must not be destroyed in the middle of this one.
+        with torch.cuda.stream(self._stream), collector_off():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                logits_BV, drawn_3B = step()
+            finally:
+                graph.capture_end()
         self.num_captures += 1
         self.num_bytes += torch.cuda.memory_reserved(self._device) - before
-        logger.info("captured %s in %.2f s", what, time.monotonic() - started)
-        return Captured(graph, logits_RV, drawn_2R)
+        return Captured(graph, torch.as_tensor(Borrowed(logits_BV), device=self._device), drawn_3B)
 
 
-class DecodeGraphs:
-    """Captured steps by (size, whether tokens are chosen inside). One engine's, on one CUDA device."""
+@dataclasses.dataclass(slots=True)
+class StaticInputs:
+    """What every captured step reads and writes, at addresses that stay; sliced to the shape of a step."""
+
+    packed: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    seq_lens_B: Tensor
+    slots: Tensor
+    table_GBC: Tensor
+    drawn: Tensor
+    count: Tensor
+
+    @classmethod
+    def create(cls, shapes: StepShapes, layout: Layout, rows: Rows) -> StaticInputs:
+        groups, _, blocks = rows.block_table.shape
+        largest = shapes.largest()
+        lines = max(shape.lines for shape in largest)
+        tokens = max(shape.num_tokens for shape in largest)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=rows.tokens.device)
+
+        return cls(
+            packed=zeros(max(sum(layout.sizes(shape)) for shape in largest)),
+            token_ids=zeros(tokens),
+            positions=zeros(tokens),
+            seq_lens_B=zeros(lines),
+            slots=zeros(groups * tokens),
+            table_GBC=zeros(groups, lines, blocks, dtype=torch.int32),
+            drawn=zeros(3 * lines),
+            count=torch.arange(tokens + 1, device=rows.tokens.device),
+        )
+
+
+class StepGraphs:
+    """Captured steps by shape. One engine's, on one CUDA device."""
+
+    # Which rows get their token inside is said row by row.
+    is_per_row = True
 
     def __init__(
         self,
         capture: GraphCapture,
         rows: Rows,
         backend: AttentionBackend,
-        sizes: Sequence[int],
+        shapes: StepShapes,
         *,
-        has_padding: bool,
         max_seq_len: int,
+        dtype: torch.dtype,
     ) -> None:
-        self._sizes, self._has_padding = list(sizes), has_padding
-        self._capture = capture
-        self._rows, self._backend, self._max_seq_len = rows, backend, max_seq_len
+        self._capture, self._rows, self._backend, self._shapes = capture, rows, backend, shapes
+        self._max_seq_len = max_seq_len
+        self._layout = Layout(tile_queries=tile_queries(dtype), tiles_rows=backend.capability.batch_invariant)
         self._inputs: StaticInputs | None = None
-        self._captured: dict[tuple[int, bool], Captured] = {}
-        self._last_plan: tuple[int, list[int]] | None = None
+        self._captured: dict[StepShape, Captured] = {}
+        # How often a plan would have run in a shape that is not there.
+        self._wanted: Counter[StepShape] = Counter()
+        self._failed: set[StepShape] = set()
+        self._last_rows: tuple[StepShape, list[int], list[int]] | None = None
+        self.num_late_captures = 0
 
     def forget(self) -> None:
-        """Let go of everything captured and its memory; the next steps are captured anew."""
+        """Let go of everything captured and its memory; what there was is wanted again."""
+        self._wanted.update(self._captured.keys())
         self._captured.clear()
-        self._inputs, self._last_plan = None, None
+        self._failed.clear()
+        self._inputs, self._last_rows = None, None
 
-    def size_of(self, plan: StepPlan) -> int | None:
-        """Return the size that serves a plan, or None where it has to run kernel by kernel.
+    def shape_of(self, plan: StepPlan) -> StepShape | None:
+        """Return the shape that serves a plan, or None where it has to run kernel by kernel."""
+        need = shape_needed(plan)
+        if need is None:
+            return None
+        serving = list(self._shapes.serving(need))
+        found = next((shape for shape in serving if shape in self._captured), None)
+        if not serving or found == serving[0]:
+            return found
+        if not self._shapes.has_padding:
+            return serving[0]
+        if serving[0] not in self._failed:
+            self._wanted[serving[0]] += 1
+        return found
 
-        Served are steps in which every row runs its last token and is sampled.
+    def next_wanted(self) -> StepShape | None:
+        """Return the shape that is missed most and not there."""
+        return max(self._wanted, key=lambda shape: self._wanted[shape], default=None)
+
+    def missing(self) -> list[StepShape]:
+        """Return the shapes that are not captured, in the order in which a start captures them."""
+        return [shape for shape in self._shapes.in_order() if shape not in self._captured]
+
+    def capture(self, shape: StepShape, model: Any, kv: KvPlaces) -> Captured:
+        """Capture a step of nobody's rows; blocks. A shape that fails is not wanted again before `forget`."""
+        started = time.monotonic()
+        self._wanted.pop(shape, None)
+        self._write(shape, self._pack(shape))
+        self._failed.add(shape)
+        made = self._capture.run(lambda: self._step(shape, model, kv))
+        self._failed.discard(shape)
+        self._captured[shape] = made
+        logger.debug("captured %s in %.3f s", shape, time.monotonic() - started)
+        return made
+
+    def launch(
+        self, plan: StepPlan, shape: StepShape, model: Any, kv: KvPlaces, *, inside: Sequence[int]
+    ) -> StepOutput:
+        """Replay the step for the plan's spans; the tensors returned hold until the next launch.
+
+        `inside` are the rows, by span, that get their token in the step, -1 elsewhere.
         """
-        if not is_decode_step(plan):
-            return None
-        rows = plan.sample
-        place = bisect.bisect_left(self._sizes, len(rows))
-        if place == len(self._sizes):
-            return None
-        size = self._sizes[place]
-        return size if size == len(rows) or self._has_padding else None
-
-    def launch(self, plan: StepPlan, size: int, model: Any, kv: KvPlaces, *, is_greedy: bool) -> Captured:
-        """Replay the step for the plan's rows; the tensors returned hold until the next launch."""
-        captured = self._captured.get((size, is_greedy))
+        captured = self._captured.get(shape)
         if captured is None:
-            if self._inputs is None:
-                device = self._rows.tokens.device
-                self._inputs = StaticInputs.create(self._sizes[-1], self._rows, device)
-            self._write_rows([], size)
-            made = self._capture.run(lambda: self._step(size, model, kv, is_greedy), f"decoding {size} rows")
-            captured = self._captured[(size, is_greedy)] = made
-        self._write_rows(plan.sample, size)
+            self.num_late_captures += 1
+            captured = self.capture(shape, model, kv)
+        if shape.prompts:
+            self._write(shape, self._layout.pack_spans(shape, plan.spans, inside))
+            lines: Sequence[int] = lines_of(shape, plan.spans)
+        else:
+            self._write_rows(shape, plan.sample, inside)
+            lines = range(len(plan.sample))
         captured.graph.replay()
         self._capture.num_replays += 1
-        return captured
+        return StepOutput(captured.logits_BV, captured.drawn_3B, lines)
 
-    def _write_rows(self, rows: list[int], size: int) -> None:
-        if self._last_plan is not None and self._last_plan == (size, rows):
+    def _pack(self, shape: StepShape) -> Any:
+        if shape.prompts:
+            return self._layout.pack_spans(shape, [], [])
+        return self._layout.pack_rows(shape, [], [])
+
+    def _write_rows(self, shape: StepShape, rows: list[int], inside: Sequence[int]) -> None:
+        """Write a step of one-token rows, unless it is the last one's."""
+        if self._last_rows is not None and self._last_rows == (shape, rows, inside):
             return
-        assert self._inputs is not None
-        host = np.full((2, size), PADDING, dtype=np.int64)
-        host[0, : len(rows)] = rows
-        host[1] = NO_BOUND
-        pinned = torch.from_numpy(host).flatten().pin_memory()
-        self._inputs.plan[: 2 * size].copy_(pinned, non_blocking=True)
-        self._last_plan = (size, list(rows))
+        self._write(shape, self._layout.pack_rows(shape, rows, inside))
+        self._last_rows = (shape, list(rows), list(inside))
 
-    def _step(self, size: int, model: Any, kv: KvPlaces, is_greedy: bool) -> tuple[Tensor, Tensor]:
-        """Run a whole step of `size` rows from and into the static tensors."""
+    def _write(self, shape: StepShape, host: Any) -> None:
+        if self._inputs is None:
+            self._inputs = StaticInputs.create(self._shapes, self._layout, self._rows)
+        packed = torch.from_numpy(host)
+        if self._inputs.packed.is_cuda:
+            # From ordinary memory the copy could wait for the steps before it.
+            packed = packed.pin_memory()
+        self._inputs.packed[: len(host)].copy_(packed, non_blocking=True)
+        self._last_rows = None
+
+    def _step(self, shape: StepShape, model: Any, kv: KvPlaces) -> tuple[Tensor, Tensor]:
+        """Run a whole step from and into the static tensors."""
         inputs, rows = self._inputs, self._rows
         assert inputs is not None
+        views = PackedViews.of(inputs.packed, shape, self._layout)
+        batch = self._batch(shape, views, kv)
+        hidden_TD = model.forward(batch)
+        hidden_BD = hidden_TD.index_select(0, batch.logits_idx) if shape.prompts else hidden_TD
+        logits_BV = model.logits(hidden_BD)
+        drawn_3B = inputs.drawn[: 3 * shape.lines].view(3, shape.lines)
+        greedy_append_op(logits_BV, views.plan_3B[2], rows.tokens, rows.lengths, drawn_3B[:2])
+        if shape.prompts:
+            # A piece of a prompt is not sampled, and what it wrote may be reused: it is judged here.
+            drawn_3B[2] = hidden_BD.isfinite().all(dim=1)
+        return logits_BV, drawn_3B
+
+    def _batch(self, shape: StepShape, views: PackedViews, kv: KvPlaces) -> ForwardBatch:
+        """Look up everything the forward reads, on the device."""
+        inputs, rows = self._inputs, self._rows
+        assert inputs is not None
+        num_rows, lines, total = shape.rows, shape.lines, shape.num_tokens
         groups = rows.block_table.shape[0]
-        plan_2R = inputs.plan[: 2 * size].view(2, size)
-        slots_GR = inputs.slots[: groups * size].view(groups, size)
-        token_ids_R, positions_R = inputs.token_ids_R[:size], inputs.positions_R[:size]
-        seq_lens_R, table_GRC = inputs.seq_lens_R[:size], inputs.table[:, :size]
-        decode_inputs_op(
-            plan_2R,
-            rows.tokens,
-            rows.lengths,
-            rows.block_table,
-            rows.block_tokens,
-            token_ids_R,
-            positions_R,
-            seq_lens_R,
-            slots_GR,
-            table_GRC,
-        )
+        plan_2B = views.plan_3B[:2]
+        token_ids_T, positions_T = inputs.token_ids[:total], inputs.positions[:total]
+        seq_lens_B, table_GBC = inputs.seq_lens_B[:lines], inputs.table_GBC[:, :lines]
+        slots_GT = inputs.slots[: groups * total].view(groups, total)
+        tables = (rows.tokens, rows.lengths, rows.block_table, rows.block_tokens)
+        if num_rows:
+            targets = (token_ids_T[:num_rows], positions_T[:num_rows], seq_lens_B[:num_rows])
+            decode_inputs_op(
+                plan_2B[:, :num_rows], *tables, *targets, slots_GT[:, :num_rows], table_GBC[:, :num_rows]
+            )
+        row_of_T, query_start = inputs.count[:total], inputs.count[: lines + 1]
+        logits_idx = inputs.count[:lines]
+        if shape.prompts:
+            assert views.query_start is not None and views.line_T is not None
+            query_start = views.query_start
+            tokens, _, block_table, page_tokens = tables
+            span_inputs_op(
+                plan_2B,
+                query_start,
+                views.line_T,
+                tokens,
+                block_table,
+                page_tokens,
+                token_ids_T[num_rows:],
+                positions_T[num_rows:],
+                seq_lens_B[num_rows:],
+                slots_GT[:, num_rows:],
+                table_GBC[:, num_rows:],
+            )
+            row_of_T = torch.cat((row_of_T[:num_rows], views.line_T.clamp(min=0)))
+            # A line without tokens has no last one: any will do.
+            logits_idx = (query_start[1:] - 1).clamp(min=0)
         kv_pages, layer_place = kv
-        batch = ForwardBatch(
-            token_ids_T=token_ids_R,
-            positions_kT=positions_R[None],
-            row_of_T=inputs.query_start[:size],
-            query_start=inputs.query_start[: size + 1],
-            seq_lens=seq_lens_R,
-            slot_mapping_T=list(slots_GR),
-            block_table=list(table_GRC),
+        return ForwardBatch(
+            token_ids_T=token_ids_T,
+            positions_kT=positions_T[None],
+            row_of_T=row_of_T,
+            query_start=query_start,
+            seq_lens=seq_lens_B,
+            slot_mapping_T=list(slots_GT),
+            block_table=list(table_GBC),
             kv_pages=kv_pages,
             layer_place=layer_place,
-            attention_plan=self._backend.plan(query_lens=[1] * size, max_seq_lens=[self._max_seq_len] * size),
-            logits_idx=inputs.query_start[:size],
+            attention_plan=self._plan(shape, views),
+            logits_idx=logits_idx,
         )
-        logits_RV = model.logits(model.forward(batch))
-        drawn_2R = inputs.drawn[: 2 * size].view(2, size)
-        if is_greedy:
-            greedy_append_op(logits_RV, plan_2R[0], rows.tokens, rows.lengths, drawn_2R)
-        return logits_RV, drawn_2R
+
+    def _plan(self, shape: StepShape, views: PackedViews) -> AttentionPlan:
+        """Return a plan of bounds alone; where its tiles begin is read on the device."""
+        longest = self._max_seq_len
+        query_lens = [1] * shape.rows + [min(shape.tokens, longest)] * shape.prompts
+        plan = self._backend.plan(query_lens=query_lens, max_seq_lens=[longest] * shape.lines)
+        if views.tiles_M2 is not None:
+            plan.step_cache[TILES] = views.tiles_M2.to(torch.int32)
+        return plan

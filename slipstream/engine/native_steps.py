@@ -9,8 +9,7 @@ gets them and the rest goes its usual way.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,22 +19,19 @@ from torch import Tensor
 from slipstream.attention.base import AttentionBackend
 from slipstream.attention.cpu import round_up_seq_len
 from slipstream.core.plan import StepPlan
-from slipstream.engine.graphs import KvPlaces, is_decode_step
+from slipstream.engine.graphs import KvPlaces, StepOutput
 from slipstream.engine.host_rows import HostRows
+from slipstream.engine.packed_step import NOBODY
+from slipstream.engine.step_shapes import StepShape, is_decode_step
 from slipstream.kernels.cpu.block_records import DecodeStep, RowTables
 from slipstream.kernels.cpu.library import library
 
 
-@dataclasses.dataclass(slots=True)
-class NativeOutput:
-    """Logits [R, V], which hold until the next step, and, of a greedy one, tokens and statuses [2, R]."""
-
-    logits_RV: Tensor
-    drawn_2R: Tensor
-
-
 class NativeSteps:
     """Decode steps of one engine. `model` returns what runs at the moment, which may be nothing."""
+
+    # A step chooses every token inside or none.
+    is_per_row = False
 
     def __init__(
         self, rows: HostRows, backend: AttentionBackend, model: Callable[[], Any], *, max_seq_len: int
@@ -51,15 +47,18 @@ class NativeSteps:
         """Let go of what is as large as the model's output; records are filled in anew at each step."""
         self._logits = torch.empty(0)
 
-    def size_of(self, plan: StepPlan) -> int | None:
-        """Return the number of rows, or None where the step has to go the general way."""
+    def shape_of(self, plan: StepPlan) -> StepShape | None:
+        """Return the plan's own shape, or None where the step has to go the general way."""
         if not is_decode_step(plan):
             return None
         decoder = getattr(self._model(), "native_decoder", None)
-        return len(plan.sample) if decoder is not None else None
+        return StepShape(len(plan.sample)) if decoder is not None else None
 
-    def launch(self, plan: StepPlan, size: int, model: Any, kv: KvPlaces, *, is_greedy: bool) -> NativeOutput:
-        """Run the step; where it is greedy, tokens are chosen and appended too."""
+    def launch(
+        self, plan: StepPlan, shape: StepShape, model: Any, kv: KvPlaces, *, inside: Sequence[int]
+    ) -> StepOutput:
+        """Run the step; where every row gets its token inside, tokens are chosen and appended too."""
+        size, is_greedy = shape.rows, NOBODY not in inside
         decoder, records = model.native_decoder, self._backend.records
         kv_pages, layer_place = kv
         records.bind(kv_pages)
@@ -83,7 +82,7 @@ class NativeSteps:
         status = self._library.ss_decode(address, scratch)
         assert status == 0, "the backend's capability lets no other head size through"
         decoder.stack.num_calls += 1
-        return NativeOutput(logits_RV, drawn_2R)
+        return StepOutput(logits_RV, drawn_2R, range(size))
 
     def _logits_of(self, size: int, vocab_size: int) -> Tensor:
         if self._logits.shape[:1] < (size,):

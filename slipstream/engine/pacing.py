@@ -4,10 +4,14 @@ A step that also runs prompts may take `max_decode_stretch` times as long as the
 Where more prompts wait than rows decode, the stretch grows with their ratio: then keeping few readers fluent
 would make many wait. Costs are learnt from steps that have ended, so that a chunk is as long as this device
 affords at this context, after Sarathi-Serve (arXiv:2403.02310, section 4.3), which fixes it beforehand.
-Invariant: at least `min_chunk` tokens are allowed, so that every prompt advances.
+Where some numbers of tokens run without padding (captured steps), the largest of these that is affordable is
+allowed. Invariant: at least `min_chunk` tokens are allowed, so that every prompt advances.
 """
 
 from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
 
 # Weight of the newest step in a mean.
 NEWEST = 0.5
@@ -16,9 +20,11 @@ NEWEST = 0.5
 class Pacing:
     """Learns from steps (`observe`) and bounds the next one (`budget`). Times are seconds."""
 
-    def __init__(self, *, max_decode_stretch: float, min_chunk: int) -> None:
+    def __init__(self, *, max_decode_stretch: float, min_chunk: int, even_chunks: Sequence[int] = ()) -> None:
         self._stretch = max_decode_stretch
         self._min_chunk = min_chunk
+        # Ascending numbers of tokens that run without padding.
+        self._even_chunks = list(even_chunks)
         # Of steps that only decode, by the bit length of their number of rows.
         self._decode_s: dict[int, float] = {}
         # Of a prompt token beside decoding rows, at about the size of the last chunks.
@@ -50,8 +56,13 @@ class Pacing:
         stretch = self._stretch * max(1.0, num_prompts / num_decodes)
         spare_s = (stretch - 1.0) * decode_s
         tokens = self._min_chunk if self._token_s == 0.0 else int(spare_s / self._token_s)
-        self._last_budget = max(tokens, self._min_chunk)
+        self._last_budget = max(self._even(tokens), self._min_chunk)
         return self._last_budget
+
+    def _even(self, tokens: int) -> int:
+        """Return the largest number that runs without padding; beyond them all steps are not padded."""
+        place = bisect.bisect_right(self._even_chunks, tokens)
+        return tokens if place in (0, len(self._even_chunks)) else self._even_chunks[place - 1]
 
     def _decode_time(self, num_decodes: int) -> float | None:
         """Return the time of a step of about so many rows; of the nearest size where none of it was seen."""

@@ -54,6 +54,7 @@ class ResolvedConfig:
     batch_invariant: bool
     graph_sizes: tuple[int, ...]
     has_graph_padding: bool
+    capture_budget_s: float
     seed: int | None
     reasons: dict[str, str]
 
@@ -113,6 +114,7 @@ def resolve(
         batch_invariant=config.batch_invariant,
         graph_sizes=_graph_sizes(config, device, max_batch_size),
         has_graph_padding=(config.cuda_graph_config or CudaGraphConfig()).enable_padding,
+        capture_budget_s=(config.cuda_graph_config or CudaGraphConfig()).capture_budget_s,
         seed=config.seed,
         reasons=reasons,
     )

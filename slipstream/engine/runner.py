@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -23,13 +24,14 @@ from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
 from slipstream.core.plan import StepPlan, StepResult, TokenLogprobs
 from slipstream.engine.faults import describe_fault
-from slipstream.engine.graphs import DecodeGraphs, GraphCapture
+from slipstream.engine.graphs import Captured, GraphCapture, KvPlaces, StepGraphs, StepOutput
 from slipstream.engine.host_rows import HostRows
 from slipstream.engine.native_steps import NativeSteps
-from slipstream.engine.prompt_graphs import PromptGraphs
+from slipstream.engine.packed_step import NOBODY
 from slipstream.engine.rows import Rows, StepInputs
+from slipstream.engine.step_shapes import StepShape, StepShapes
 from slipstream.engine.wanted_logits import Wanted, WantedLogits, read_all
-from slipstream.sampling.base import DrawnInside, HostCopy, SampleOutput
+from slipstream.sampling.base import HostCopy, SampleOutput
 from slipstream.sampling.history import TokenHistory
 from slipstream.sampling.processors import ProcessedRow, ProcessorTable
 from slipstream.sampling.sampler import Sampler
@@ -70,18 +72,41 @@ class StepRunner(Protocol):
 
     def make_pages(self) -> None: ...
 
+    def capture_within(self, budget_s: float) -> None: ...
+
+    @property
+    def wants_capture(self) -> bool: ...
+
+    def capture_wanted(self) -> None: ...
+
+
+@dataclasses.dataclass(slots=True)
+class Drawn:
+    """What a captured step chose and judged, on its way to the host: ids, statuses, whether finite.
+
+    `lines` are those of `rows`, which got their token inside; `quiet` are rows that were not sampled.
+    """
+
+    copy: HostCopy
+    rows: list[int]
+    lines: list[int]
+    quiet: list[tuple[int, int]]
+
 
 @dataclasses.dataclass(slots=True)
 class StepHandle:
-    """One launched step. `logits_RV` are of the rows of `plan.sample`, in that order.
+    """One launched step. `logits_RV` are of `open_rows`, the sampled rows whose token is yet to be chosen.
 
     `is_finite` says of `quiet_rows`, whose spans are not sampled, whether their last hidden state is
-    finite: a bad chunk must be known before its pages are reused. `processed` are the sampled rows with
-    callables (their numbers may be another request's by the time of `collect`).
+    finite: a bad chunk must be known before its pages are reused; of a captured step `drawn` says it.
+    `processed` are the sampled rows with callables (their numbers may be another request's by the time of
+    `collect`).
     """
 
     plan: StepPlan
     logits_RV: Tensor | None = None
+    open_rows: list[int] = dataclasses.field(default_factory=list[int])
+    drawn: Drawn | None = None
     quiet_rows: list[int] = dataclasses.field(default_factory=list[int])
     is_finite: HostCopy | None = None
     wanted: list[Wanted] = dataclasses.field(default_factory=list[Wanted])
@@ -105,8 +130,7 @@ class Runner:
         kv_dtype: torch.dtype,
         device: torch.device,
         backend: AttentionBackend,
-        graph_sizes: Sequence[int] = (),
-        has_graph_padding: bool = True,
+        shapes: StepShapes | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -133,17 +157,17 @@ class Runner:
         self._num_pages, self._kv_dtype = num_pages, kv_dtype
         self.make_pages()
         self._layer_place = bind_layers(groups)
-        # Captured steps, where the backend can be replayed; without sizes every step runs kernel by kernel.
+        # Captured steps, where the backend can be replayed; without shapes every step runs kernel by kernel.
         self._capture = GraphCapture(device)
-        self._graphs: list[DecodeGraphs | PromptGraphs | NativeSteps] = []
-        if graph_sizes:
-            places = (self._capture, self.rows, backend)
-            self._graphs = [
-                DecodeGraphs(*places, graph_sizes, has_padding=has_graph_padding, max_seq_len=max_seq_len),
-                PromptGraphs(*places, max_seq_len=max_seq_len),
-            ]
+        self.graphs: StepGraphs | None = None
+        if shapes is not None and len(shapes):
+            places = (self._capture, self.rows, backend, shapes)
+            self.graphs = StepGraphs(*places, max_seq_len=max_seq_len, dtype=kv_dtype)
+        self._steps: StepGraphs | NativeSteps | None = self.graphs
         if isinstance(self.rows, HostRows) and backend.capability.native_blocks:
-            self._graphs = [NativeSteps(self.rows, backend, lambda: self.model, max_seq_len=max_seq_len)]
+            self._steps = NativeSteps(self.rows, backend, lambda: self.model, max_seq_len=max_seq_len)
+        # Which of these rows get their token inside, as of a version of the sampler.
+        self._last_inside: tuple[int, list[int], list[int]] | None = None
 
     @property
     def counters(self) -> dict[str, int]:
@@ -151,6 +175,8 @@ class Runner:
         return {
             "num_graphs": self._capture.num_captures,
             "num_graph_steps": self._capture.num_replays,
+            # Of these captures those that requests waited for.
+            "num_late_graphs": self.graphs.num_late_captures if self.graphs is not None else 0,
             "graph_bytes": self._capture.num_bytes,
             # Steps whose layers ran as native calls; 0 for models that know of none.
             "num_native_steps": getattr(self.model, "num_native_steps", 0),
@@ -167,9 +193,44 @@ class Runner:
 
     def _forget_graphs(self) -> None:
         """Captured steps hold the addresses of weights and pages."""
-        for graphs in self._graphs:
-            graphs.forget()
+        if self._steps is not None:
+            self._steps.forget()
         self._capture.forget()
+
+    def capture(self, shape: StepShape) -> Captured:
+        """Capture a step of this shape, whose rows are nobody's; blocks."""
+        assert self.graphs is not None
+        with torch.inference_mode():
+            return self.graphs.capture(shape, self.model, self._kv)
+
+    def capture_within(self, budget_s: float) -> None:
+        """Capture steps before there are requests, the most useful ones first, until the time is over."""
+        deadline = time.monotonic() + budget_s
+        for shape in self.graphs.missing() if self.graphs is not None else []:
+            if time.monotonic() >= deadline:
+                break
+            self.capture(shape)
+
+    @property
+    def wants_capture(self) -> bool:
+        """Say whether a step could have run captured and had to run otherwise."""
+        is_awake = self.model is not None and bool(self._kv_pages)
+        return is_awake and self.graphs is not None and self.graphs.next_wanted() is not None
+
+    def capture_wanted(self) -> None:
+        """Capture the step that was missed most, while nothing runs; blocks for a part of a second."""
+        shape = self.graphs.next_wanted() if self.graphs is not None else None
+        if shape is None:
+            return
+        try:
+            self.capture(shape)
+        except Exception:
+            # Nothing waits for it: such steps go on as they did.
+            logger.exception("a step of %s could not be captured and runs kernel by kernel", shape)
+
+    @property
+    def _kv(self) -> KvPlaces:
+        return self._kv_pages, self._layer_place
 
     def drop_pages(self) -> None:
         """Give the memory of all pages back; no step may run before `make_pages`."""
@@ -221,6 +282,7 @@ class Runner:
                 raise UnsupportedError("Encoder, tree and non-causal spans are not served by this version.")
         if not plan.spans or self._replay(handle):
             return
+        handle.open_rows = plan.sample
         inputs = self.rows.inputs(plan.spans)
         batch = self._batch(plan, inputs)
         hidden_TD = self.model.forward(batch)
@@ -242,22 +304,55 @@ class Runner:
 
     def _replay(self, handle: StepHandle) -> bool:
         """Run the step by a captured graph or as one native call, where there is one for it."""
-        plan = handle.plan
-        serving = ((graphs, graphs.size_of(plan)) for graphs in self._graphs)
-        graphs, size = next(((graphs, size) for graphs, size in serving if size is not None), (None, 0))
-        if graphs is None:
+        plan, steps = handle.plan, self._steps
+        shape = steps.shape_of(plan) if steps is not None else None
+        if steps is None or shape is None:
             return False
-        has_edits = len(self.processors) > 0 or not self.sampler.is_plain_greedy(plan.sample)
-        kv = (self._kv_pages, self._layer_place)
-        step = graphs.launch(plan, size, self.model, kv, is_greedy=not has_edits)
-        count = len(plan.sample)
-        if has_edits:
-            handle.logits_RV = step.logits_RV[:count]
+        inside = self._inside(plan.sample)
+        if not steps.is_per_row and NOBODY in inside:
+            inside = [NOBODY] * len(inside)
+        if len(plan.sample) == len(plan.spans) and not shape.prompts:
+            by_span = inside
         else:
-            drawn_2R = step.drawn_2R[:, :count]
-            handle.sampled = DrawnInside(drawn_2R[0], drawn_2R[1], drawn_2R=drawn_2R)
-            handle.sampled.start_copy()
+            chosen = dict(zip(plan.sample, inside, strict=True))
+            by_span = [chosen.get(span.row, NOBODY) for span in plan.spans]
+        step = steps.launch(plan, shape, self.model, self._kv, inside=by_span)
+        self._take(handle, step, by_span)
         return True
+
+    def _take(self, handle: StepHandle, step: StepOutput, inside: list[int]) -> None:
+        """Note what a step chose inside, and leave the logits of the other sampled rows to be drawn from."""
+        plan, lines = handle.plan, step.lines
+        if NOBODY not in inside:
+            # Rows of the plan are in the order of its spans here, or it would hold quiet ones.
+            handle.drawn = Drawn(HostCopy(step.drawn), [span.row for span in plan.spans], list(lines), [])
+            return
+        line_of = {span.row: line for span, line in zip(plan.spans, lines, strict=True)}
+        drawn = {row: line_of[row] for row in inside if row != NOBODY}
+        handle.open_rows = [row for row in plan.sample if row not in drawn]
+        sampled = set(plan.sample)
+        quiet = [(row, line) for row, line in line_of.items() if row not in sampled]
+        if drawn or quiet:
+            handle.drawn = Drawn(HostCopy(step.drawn), list(drawn), list(drawn.values()), quiet)
+        if not handle.open_rows:
+            return
+        wanted = [line_of[row] for row in handle.open_rows]
+        if wanted == list(range(len(wanted))):
+            handle.logits_RV = step.logits_BV[: len(wanted)]
+        else:
+            handle.logits_RV = step.logits_BV.index_select(0, to_device(wanted, torch.int64, self._device))
+
+    def _inside(self, rows: list[int]) -> list[int]:
+        """Return for each sampled row itself, or -1 where its token needs more than its greatest logit."""
+        version = self.sampler.version
+        last = self._last_inside
+        if last is not None and last[0] == version and last[1] == rows:
+            return last[2]
+        edited = self.processors.among(rows) if len(self.processors) else {}
+        is_plain = self.sampler.is_plain_greedy
+        inside = [row if is_plain(row) and row not in edited else NOBODY for row in rows]
+        self._last_inside = (version, list(rows), inside)
+        return inside
 
     def _batch(self, plan: StepPlan, inputs: StepInputs) -> ForwardBatch:
         return ForwardBatch(
@@ -285,12 +380,15 @@ class Runner:
         return to_device(chosen.tolist(), torch.int64, self._device)
 
     def sample(self, handle: StepHandle, masks: Tensor | None = None) -> None:
-        """Draw the tokens of a launched step and append them to their rows, on the device."""
+        """Draw the tokens of a launched step's open rows and append them to these, on the device.
+
+        `masks` are theirs, in the order of the plan.
+        """
         if handle.logits_RV is None:
             return
         try:
             with torch.inference_mode():
-                rows = handle.plan.sample
+                rows = handle.open_rows
                 handle.processed = self.processors.among(rows) if len(self.processors) else {}
                 edit = self._processing(handle) if handle.processed else None
                 handle.sampled = self.sampler.sample(handle.logits_RV, rows, masks, edit=edit)
@@ -303,7 +401,7 @@ class Runner:
 
     def _processing(self, handle: StepHandle) -> Callable[[Tensor], None]:
         def edit(logits_RV: Tensor) -> None:
-            handle.processor_errors = self.processors.apply(logits_RV, handle.plan.sample)
+            handle.processor_errors = self.processors.apply(logits_RV, handle.open_rows)
 
         return edit
 
@@ -324,25 +422,47 @@ class Runner:
             result.row_errors = {row: STATUS_MESSAGES[1] for row, is_finite in finite if not is_finite}
         if handle.wanted:
             result.extras = dict(read_all(handle.wanted))
-        if handle.sampled is None:
-            return result
-        ids, statuses = handle.sampled.tokens(), handle.sampled.statuses()
-        result.tokens = {row: [token] for row, token in zip(plan.sample, ids, strict=True)}
-        if any(statuses):
-            for row, status in zip(plan.sample, statuses, strict=True):
-                if status:
-                    result.tokens[row] = []
-                    result.row_errors[row] = STATUS_MESSAGES[status]
+        if handle.drawn is not None:
+            _read_drawn(handle.drawn, result)
+        if handle.sampled is not None:
+            _note_tokens(result, handle.open_rows, handle.sampled.tokens(), handle.sampled.statuses())
+            self._read_sampled(handle, handle.sampled, result)
+        return result
+
+    def _read_sampled(self, handle: StepHandle, sampled: SampleOutput, result: StepResult) -> None:
+        """Add what else came with the tokens that were drawn outside, and tell callables of theirs."""
+        rows = handle.open_rows
         for row, message in handle.processor_errors.items():
             result.tokens[row] = []
             result.row_errors[row] = message
             result.error_codes[row] = "processing_error"
         for row, processed in handle.processed.items():
             processed.tokens += result.tokens[row]
-        result.logprobs = _logprobs(handle.sampled, plan.sample)
-        continuations = handle.sampled.continuations_by_row()
-        result.candidates = {plan.sample[idx]: found for idx, found in continuations.items()}
-        return result
+        result.logprobs = _logprobs(sampled, rows)
+        continuations = sampled.continuations_by_row()
+        result.candidates = {rows[idx]: found for idx, found in continuations.items()}
+
+
+def _note_tokens(
+    result: StepResult, rows: Sequence[int], ids: Sequence[int], statuses: Sequence[int]
+) -> None:
+    """Add the token of each row, or why it has none."""
+    result.tokens |= {row: [token] for row, token in zip(rows, ids, strict=True)}
+    if any(statuses):
+        for row, status in zip(rows, statuses, strict=True):
+            if status:
+                result.tokens[row] = []
+                result.row_errors[row] = STATUS_MESSAGES[status]
+
+
+def _read_drawn(drawn: Drawn, result: StepResult) -> None:
+    """Wait for what a captured step chose, and add it."""
+    parts = drawn.copy.numbers()
+    ids, statuses = ([part[line] for line in drawn.lines] for part in parts[:2])
+    _note_tokens(result, drawn.rows, ids, statuses)
+    for row, line in drawn.quiet:
+        if not parts[2][line]:
+            result.row_errors[row] = STATUS_MESSAGES[1]
 
 
 def _logprobs(sampled: SampleOutput, rows: Sequence[int]) -> dict[int, list[TokenLogprobs]]:

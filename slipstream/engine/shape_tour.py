@@ -1,12 +1,14 @@
 """Which steps have an engine meet every shape that it compiles something for? One of each size.
 
-Decode steps of every captured size, prompts of every captured length and one that fills a step: kernels are
-specialised by the model's sizes and by a few classes of how many tokens meet them, all of which are met so.
+Every step that can be captured is, then decode steps of every size, prompts of many lengths and one that
+fills a step run: kernels are specialised by the model's sizes and by a few classes of how many tokens meet
+them, all of which are met so.
 Invariant: no request reuses another's pages, so that each runs whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +16,10 @@ from slipstream.core.errors import EngineError
 from slipstream.core.request import Request
 from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine.assembly import Assembly
-from slipstream.engine.prompt_graphs import LENGTHS
 
 # Where nothing is captured, sizes that fall into different classes of kernels.
 PLAIN_SIZES = (1, 2, 4, 16)
+LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 NUM_TOKENS = 3
 GREEDY: dict[str, Any] = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "detokenize": False}
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "logprobs": 5, "seed": 0}
@@ -33,6 +35,8 @@ def visit_shapes(assembly: Assembly, *, notify: Callable[[str], None] = lambda l
     longest = limits.max_seq_len - NUM_TOKENS
     lengths = sorted({length for length in (*LENGTHS, resolved.max_num_tokens) if 1 < length <= longest})
     before = assembly.engine.scheduler.stats.num_plans
+    notify("every step that can be captured")
+    assembly.engine.runner.capture_within(math.inf)
     for params, kind in ((GREEDY, "greedy"), (GREEDY | SAMPLED, "sampled")):
         notify(f"{len(sizes)} sizes of decode steps and {len(lengths)} lengths of prompts, {kind}")
         for size in sizes:

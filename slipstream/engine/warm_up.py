@@ -3,8 +3,8 @@
 
 The worst step holds as many requests as a step may, all sampled with everything that sampling can be asked
 for, beside the longest chunk at the end of the longest context, whose prompt's log-probabilities are wanted;
-as many such steps are outstanding as the engine ever has. On a GPU the largest decode steps are captured too,
-since captured steps keep their memory.
+as many such steps are outstanding as the engine ever has. On a GPU the largest steps of each kind are
+captured too, since captured steps keep their memory.
 Invariant: pages do not matter, so all tokens share one; the runner is another's, made for this and dropped.
 """
 
@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import msgspec
+import torch
 
 from slipstream.core.errors import EngineError, OutOfMemoryError
 from slipstream.core.plan import RequestInit, Span, StepPlan
 from slipstream.core.sampling_params import RowSampling
 from slipstream.engine.ledger import DeviceMemory
 from slipstream.engine.runner import Runner
+from slipstream.engine.step_shapes import StepShapes
 
 # The null page and one for everybody.
 NUM_PAGES = 2
@@ -35,7 +36,6 @@ EVERYTHING = RowSampling(
     logprobs=20,
     prompt_logprobs=20,
 )
-GREEDY = RowSampling()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,30 +109,17 @@ def _request(bounds: StepBounds, row: int, *, num_tokens: int, num_computed: int
     )
 
 
-def decode_step(bounds: StepBounds, num_rows: int, sampling: RowSampling, *, step_id: int) -> StepPlan:
-    """Return a step of one-token rows that replaces whatever stood in the rows before."""
-    init = [_request(bounds, row, num_tokens=1, num_computed=0) for row in range(num_rows)]
-    return StepPlan(
-        step_id,
-        removed=list(range(num_rows)),
-        added=[msgspec.structs.replace(one, sampling=sampling) for one in init],
-        spans=[Span(row, 0, 1) for row in range(num_rows)],
-        sample=list(range(num_rows)),
-    )
-
-
 def measure_worst_case(
     make_runner: Callable[[], Runner],
     memory: DeviceMemory,
     bounds: StepBounds,
     *,
-    graph_sizes: tuple[int, ...] = (),
-    num_graphs: int = 0,
+    shapes: StepShapes,
 ) -> Measured:
     """Run the worst steps on a runner of `NUM_PAGES` pages and return what they took; blocks.
 
-    `num_graphs` is how many steps the engine may come to capture. Raises OutOfMemoryError where a step does
-    not fit beside the weights, EngineError where it fails otherwise.
+    `shapes` are what the engine may come to capture. Raises OutOfMemoryError where a step does not fit beside
+    the weights, EngineError where it fails otherwise.
     """
     memory.settle()
     held = memory.held()
@@ -141,25 +128,32 @@ def measure_worst_case(
     memory.start()
     _run_outstanding(runner, [worst_step(bounds, step_id=i) for i in range(bounds.depth)], memory)
     workspace_bytes = memory.growth()
-    graph_bytes = _measure_graphs(runner, memory, bounds, graph_sizes, num_graphs) if graph_sizes else 0
+    graph_bytes = _measure_graphs(runner, memory, shapes) if len(shapes) else 0
     del runner
     memory.settle()
     return Measured(state_bytes=state_bytes, workspace_bytes=workspace_bytes, graph_bytes=graph_bytes)
 
 
-def _measure_graphs(
-    runner: Runner, memory: DeviceMemory, bounds: StepBounds, sizes: tuple[int, ...], num_graphs: int
-) -> int:
-    """Capture the largest step both ways; return their pool, and for each graph what the driver takes."""
+def _measure_graphs(runner: Runner, memory: DeviceMemory, shapes: StepShapes) -> int:
+    """Capture the largest steps; return their pool, and for every graph to come what the driver takes.
+
+    The first captures also load kernels, which all others have then: so the share of one is that of another
+    capture of the same step. Graphs are held until the end, or the driver would use their memory again.
+    """
     pool = runner.counters["graph_bytes"]
-    size = min(sizes[-1], bounds.max_batch_size)
-    outside: list[int] = []
-    for sampling in (GREEDY, EVERYTHING):
-        _run_outstanding(runner, [decode_step(bounds, size, sampling, step_id=9)], memory)
-        outside.append(memory.outside())
-    # The second capture's alone: the first also loads kernels.
-    each = max(0, outside[1] - outside[0])
-    return runner.counters["graph_bytes"] - pool + each * num_graphs
+    try:
+        held = [runner.capture(shape) for shape in shapes.largest()]
+        before = memory.outside()
+        held += [runner.capture(shape) for shape in shapes.largest()]
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"The largest captured step does not fit beside the weights: {runner.describe_fault(error)}; "
+            f"{memory.free():,} bytes are free without it. Lower CudaGraphConfig(max_batch_size=...)."
+        ) from error
+    each = max(0, memory.outside() - before) // len(shapes.largest())
+    taken = runner.counters["graph_bytes"] - pool + each * len(shapes)
+    held.clear()
+    return taken
 
 
 def _run_outstanding(runner: Runner, plans: list[StepPlan], memory: DeviceMemory) -> None:

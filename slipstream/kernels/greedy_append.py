@@ -1,8 +1,8 @@
 """Which token leads each line of logits, and how does it get into its row? The definition.
 
 Invariant: among equal logits the lowest id wins; a line whose maximum is NaN or +Inf has status 1, one of
--Inf has status 2, and either gets token 0. A row number below 0 is padding: its line is judged and nothing is
-appended.
+-Inf has status 2, and either gets token 0. A line whose row number is below 0 is not read: it gets token and
+status 0, and nothing is appended.
 R lines, V vocabulary, L tokens a row can hold.
 """
 
@@ -21,12 +21,13 @@ def greedy_append(
 
     `tokens_RL` int32 and `lengths_R` int64 have one line per row of the engine.
     """
+    is_real = rows_R >= 0
     values, ids = logits_RV.float().max(-1)
     # Not `max`'s own choice among equal ones, which differs by device.
     ids = (logits_RV == values[:, None]).int().argmax(-1).where(~values.isnan(), ids)
     status = torch.where(values < torch.inf, 0, 1).where(values != -torch.inf, 2)
-    out_2R[0], out_2R[1] = ids.where(status == 0, 0), status
-    is_real = rows_R >= 0
+    status = status.where(is_real, 0)
+    out_2R[0], out_2R[1] = ids.where(is_real & (status == 0), 0), status
     rows = rows_R[is_real]
     tokens_RL[rows, lengths_R[rows]] = out_2R[0][is_real].to(torch.int32)
     lengths_R[rows] += 1

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Where the cache of a step's attention plan keeps its tiles; whoever runs captured steps fills them in.
+TILES = "tiles"
+
 
 def tile_queries(dtype: torch.dtype) -> int:
     """Return how many queries a tile holds on a GPU.

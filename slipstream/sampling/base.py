@@ -128,25 +128,6 @@ class SampleOutput:
         return {i: unpack_continuations(lines[place], table.count[i]) for i, place in table.place.items()}
 
 
-@dataclasses.dataclass(slots=True)
-class DrawnInside(SampleOutput):
-    """What a captured step drew: ids and statuses in one int64 tensor, so that one copy is enough."""
-
-    drawn_2R: Tensor = dataclasses.field(default_factory=lambda: torch.empty(2, 0))
-
-    def start_copy(self) -> None:
-        if not self._copies:
-            self._copies = [HostCopy(self.drawn_2R)]
-
-    def tokens(self) -> list[int]:
-        self.start_copy()
-        return self._copies[0].numbers()[0]
-
-    def statuses(self) -> list[int]:
-        self.start_copy()
-        return self._copies[0].numbers()[1]
-
-
 def unpack_logprobs(line: list[float], num_top: int) -> TokenLogprobs | None:
     """Read one packed row and its first `num_top` leading tokens; None where its status is not OK."""
     token_id, logprob, rank, status = line[:NUM_SCALARS]

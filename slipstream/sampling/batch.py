@@ -64,6 +64,14 @@ class Allowed:
     places_E: Tensor
 
 
+def takes_the_greatest(sampling: RowSampling) -> bool:
+    """Say whether a row takes the greatest logit and nothing else is wanted of it."""
+    s = sampling
+    lists = (s.logit_bias, s.allowed_ids, s.bad_ids, s.bad_sequences)
+    has_edits = s.has_penalties or s.no_repeat_ngram_size > 0 or any(lists)
+    return s.is_greedy and not has_edits and s.logprobs < 0 and not s.num_candidates
+
+
 class Batch:
     """The rows of a step, sorted by what they ask for."""
 

@@ -27,7 +27,7 @@ from slipstream.sampling.base import (
     PackedLogprobs,
     SampleOutput,
 )
-from slipstream.sampling.batch import Batch, Group
+from slipstream.sampling.batch import Batch, Group, takes_the_greatest
 from slipstream.sampling.candidates import greatest
 from slipstream.sampling.continuations import pack_continuations
 from slipstream.sampling.filters import draw_full, draw_top_k, draw_top_p
@@ -68,6 +68,8 @@ class Sampler:
         self._slots: dict[int, int] = {}
         # Calls of `sample` until a row has certainly passed its min_tokens.
         self._pending: dict[int, int] = {}
+        self._takes_greatest: dict[int, bool] = {}
+        self._version = 0
         self._batch: Batch | None = None
 
     def add(
@@ -86,6 +88,8 @@ class Sampler:
             self._pending[row] = sampling.min_tokens - num_outputs
         self._table.write(row, sampling, seed=seed, sample_idx=sample_idx, position=num_outputs, slot=slot)
         self._params[row] = sampling
+        self._takes_greatest[row] = takes_the_greatest(sampling)
+        self._version += 1
 
     def remove(self, row: int) -> None:
         """Forget a row; it may be added again at once."""
@@ -95,6 +99,7 @@ class Sampler:
         if row in self._slots:
             self._tables.release(self._slots.pop(row))
         self._batch = None
+        self._version += 1
 
     def sample(
         self,
@@ -138,9 +143,14 @@ class Sampler:
         self._count(batch, token_ids)
         return SampleOutput(token_ids, status, _packed(raw_LV, batch, token_ids, status), continuations)
 
-    def is_plain_greedy(self, rows: list[int]) -> bool:
-        """Say whether these rows take the largest logit and nothing else, so that others may do it for us."""
-        return self._batch_of(rows).is_plain_greedy
+    def is_plain_greedy(self, row: int) -> bool:
+        """Say whether a row takes the largest logit and nothing else, so that others may do it for us."""
+        return row not in self._pending and self._takes_greatest[row]
+
+    @property
+    def version(self) -> int:
+        """Return a number that stays the same while no row's answer of `is_plain_greedy` can have changed."""
+        return self._version
 
     def _batch_of(self, rows: list[int]) -> Batch:
         if self._batch is None or self._batch.rows != rows:
@@ -219,6 +229,7 @@ class Sampler:
             if self._pending[row] == 0:
                 del self._pending[row]
                 self._batch = None
+                self._version += 1
 
 
 def _draw(logits_RV: Tensor, uniform_N: Tensor, group: Group) -> Tensor:

@@ -149,6 +149,7 @@ class FakeRunner:
     """
 
     needs_host_tokens = False
+    wants_capture = False
 
     def __init__(self, groups: Sequence[CacheGroup], num_pages: int) -> None:
         self.block_tokens = groups[0].block_tokens

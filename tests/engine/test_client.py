@@ -22,6 +22,8 @@ DEADLINE_S = 20.0
 class CountingEngine:
     """One token per step and request; notes the order of what it is told."""
 
+    can_prepare = False
+
     def __init__(self) -> None:
         self.log: list[str] = []
         self.running: dict[str, Request] = {}

@@ -34,6 +34,12 @@ def test_padding_is_a_choice() -> None:
     assert resolve(EngineConfig(model="m"), FACTS, has_cuda=True).has_graph_padding
 
 
+def test_the_budget_is_a_choice() -> None:
+    config = EngineConfig(model="m", cuda_graph_config=CudaGraphConfig(capture_budget_s=0))
+    assert resolve(config, FACTS, has_cuda=True).capture_budget_s == 0
+    assert resolve(EngineConfig(model="m"), FACTS, has_cuda=True).capture_budget_s == 4.0
+
+
 def test_a_cpu_captures_nothing_and_refuses_to_be_asked() -> None:
     assert resolve(EngineConfig(model="m", device="cpu"), FACTS, has_cuda=True).graph_sizes == ()
     config = EngineConfig(model="m", device="cpu", cuda_graph_config=CudaGraphConfig())
@@ -55,6 +61,11 @@ def test_two_options_that_contradict_each_other() -> None:
         ({"batch_sizes": "12"}, "batch_sizes"),
         ({"max_batch_size": 0}, "max_batch_size=0"),
         ({"enable_padding": 1}, "enable_padding=1"),
+        ({"capture_budget_s": -1}, "capture_budget_s=-1.* from 0"),
+        ({"capture_budget_s": True}, "capture_budget_s=True"),
+        ({"capture_budget_s": "2"}, "capture_budget_s='2'"),
+        ({"capture_budget_s": float("nan")}, "capture_budget_s=nan"),
+        ({"capture_budget_s": 601}, "to 600"),
         ({"batch_size": [1]}, "Did you mean 'batch_sizes'"),
     ],
 )

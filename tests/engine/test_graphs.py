@@ -1,11 +1,12 @@
 """Is a replayed step the step it was captured from, for every request, size and change of weights?
 
-What may be captured is decided on the host and tested anywhere; replaying needs one CUDA device. Tokens are
-compared in float32 with TF32 off, on the prompts of law 1.
+Whatever is decided on the host is tested anywhere, over steps that run again instead of being replayed;
+replaying itself needs one CUDA device. Tokens are compared in float32 with TF32 off, on the prompts of law 1.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,59 +15,230 @@ import pytest
 import torch
 
 from slipstream import LLM, CudaGraphConfig, KvCacheConfig, SamplingParams
+from slipstream.attention.triton_invariant import TritonInvariant
 from slipstream.core.plan import Span, StepPlan
 from slipstream.core.request import Request
 from slipstream.engine.assembly import assemble
+from slipstream.engine.client import QUIET_S, InProcessClient
 from slipstream.engine.config import EngineConfig
-from slipstream.engine.graphs import DecodeGraphs
-from slipstream.engine.prompt_graphs import PromptGraphs
+from slipstream.engine.engine import Engine
+from slipstream.engine.graphs import StepGraphs
 from slipstream.engine.rows import Rows
+from slipstream.engine.step_shapes import StepShape, StepShapes
+from tests.engine.fake_capture import FakeCapture, captured_engine
 from tests.engine.test_laws import GREEDY, PROMPTS, SAMPLED, SAMPLED_PROMPTS
-from tests.engine.tiny import prompt_ids, tiny_gemma3, tiny_llama, write_folder
+from tests.engine.tiny import one_thread, prompt_ids, run_requests, tiny_gemma3, tiny_llama, write_folder
 
 EAGER = {"device": "cuda", "dtype": "float32", "enforce_eager": True}
 NO_REUSE = KvCacheConfig(enable_block_reuse=False)
+ON_CPU = {"device": "cpu", "dtype": "float32", "attn_backend": "torch", "kv_cache_config": NO_REUSE}
+BOUNDS = {"max_batch_size": 24, "max_num_tokens": 64, "max_seq_len": 128}
+SIZES_ON_CPU = (1, 2, 4, 8, 16, 24)
 
 
-def graphs(sizes: tuple[int, ...], *, has_padding: bool = True) -> DecodeGraphs:
-    nothing: Any = None
-    return DecodeGraphs(nothing, nothing, nothing, sizes, has_padding=has_padding, max_seq_len=64)
+@pytest.fixture(scope="module", params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(request.param(), tmp_path_factory.mktemp("model"))
 
 
-def plan_of(*spans: Span, sample: list[int] | None = None, **fields: Any) -> StepPlan:
-    rows = [span.row for span in spans] if sample is None else sample
-    return StepPlan(0, spans=list(spans), sample=rows, **fields)
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tiny_llama(), tmp_path_factory.mktemp("llama"))
 
 
-def test_which_steps_have_a_size() -> None:
-    three = [Span(row, 9, 1) for row in (4, 0, 2)]
-    assert graphs((1, 2, 4)).size_of(plan_of(*three)) == 4
-    assert graphs((1, 2, 4), has_padding=False).size_of(plan_of(*three)) is None
-    assert graphs((1, 3), has_padding=False).size_of(plan_of(*three)) == 3
-    assert graphs((1, 2)).size_of(plan_of(*three)) is None
-    for other in (
-        plan_of(*three, sample=[4, 0]),
-        plan_of(*three, sample=[0, 4, 2]),
-        plan_of(*three, Span(1, 0, 5)),
-        plan_of(*three, logits=[(4, 9, 1, "hidden_states")]),
-        plan_of(Span(1, 9, 1, parents=(0,))),
-        plan_of(),
-    ):
-        assert graphs((1, 2, 4)).size_of(other) is None
+def shapes_of(*, has_padding: bool = True, sizes: tuple[int, ...] = SIZES_ON_CPU) -> StepShapes:
+    return StepShapes.create(sizes, has_padding=has_padding, max_num_tokens=64, max_seq_len=128)
 
 
-def test_which_prompts_have_a_length() -> None:
-    nothing: Any = None
-    rows = Rows(max_rows=2, max_seq_len=100, num_groups=1, block_tokens=16, device=torch.device("cpu"))
-    prompts = PromptGraphs(nothing, rows, nothing, max_seq_len=100)
-    lengths = [prompts.size_of(plan_of(Span(1, 7, count))) for count in (1, 2, 16, 17, 90, 97)]
-    assert lengths == [None, 16, 16, 32, 96, None]
-    for other in (
-        plan_of(Span(1, 0, 20), sample=[]),
-        plan_of(Span(1, 0, 20), Span(0, 0, 20)),
-        plan_of(Span(1, 0, 20), logits=[(1, 0, 20, "hidden_states")]),
-    ):
-        assert prompts.size_of(other) is None
+def engine_on_cpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, shapes: StepShapes, **options: Any
+) -> tuple[Engine, Any]:
+    assembly = assemble(EngineConfig(model=str(folder), **ON_CPU, **BOUNDS))
+    return captured_engine(assembly, shapes, monkeypatch, **options), assembly.limits
+
+
+def mixture(limits: Any, *, count: int = 30) -> list[Request]:
+    """Greedy and sampled requests in turns, so that nearly every step holds both."""
+    pairs = zip(PROMPTS + SAMPLED_PROMPTS, GREEDY + SAMPLED, strict=True)
+    turns = [pair for i, pair in enumerate(pairs) if i % 2 == 0 or i < count][:count]
+    return [Request.create(ids, params, limits, request_id=f"r{i}") for i, (ids, params) in enumerate(turns)]
+
+
+@pytest.mark.parametrize("kind", ["padded", "invariant", "exact"])
+def test_captured_steps_give_the_tokens_of_plain_ones(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks, quiet rows, prompts beside decoding rows, choices inside and outside of the same step."""
+    plain = assemble(EngineConfig(model=str(folder), **ON_CPU, **BOUNDS))
+    with one_thread():
+        expected = run_requests(plain.engine, mixture(plain.limits))
+        backend = TritonInvariant() if kind == "invariant" else None
+        shapes = shapes_of(has_padding=kind != "exact")
+        engine, limits = engine_on_cpu(folder, monkeypatch, shapes, backend=backend, depth=2)
+        if kind != "exact":
+            engine.runner.capture_within(60.0)
+        assert run_requests(engine, mixture(limits)) == expected
+    counters, stats = engine.runner.counters, engine.scheduler.stats
+    assert stats.num_chunks > stats.num_admissions and stats.max_outstanding == 2
+    assert len({token for tokens in expected.values() for token in tokens}) > 50
+    if kind == "exact":
+        # Steps that happen to have one of these sizes, and prompts alone.
+        assert 0 < counters["num_late_graphs"] == counters["num_graphs"] <= len(shapes)
+        assert 5 < counters["num_graph_steps"] < stats.num_plans
+    else:
+        assert counters["num_graph_steps"] == stats.num_plans and counters["num_late_graphs"] == 0
+        assert counters["num_graphs"] == len(shapes)
+
+
+def test_callables_and_searches_go_outside_one_by_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def requests(limits: Any) -> list[Request]:
+        seen: list[int] = []
+
+        def forbid(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            seen.append(len(token_ids))
+            logits[::2] = -torch.inf
+            return logits
+
+        fields: list[dict[str, Any]] = [
+            {},
+            {"logits_processor": forbid},
+            {"min_tokens": 6, "stop_token_ids": list(range(0, 300, 3))},
+            {"repetition_penalty": 1.4, "logprobs": 2},
+            {"use_beam_search": True, "beam_width": 3, "n": 2},
+            {"temperature": 1.0, "top_k": 5, "seed": 3},
+        ]
+        made = []
+        for i, extra in enumerate(fields):
+            params = SamplingParams(max_tokens=10, ignore_eos=True, **extra)
+            made.append(Request.create(prompt_ids(20 + i, seed=i), params, limits, request_id=f"r{i}"))
+        return made
+
+    plain = assemble(EngineConfig(model=str(llama), **ON_CPU, **BOUNDS))
+    expected = run_requests(plain.engine, requests(plain.limits))
+    engine, limits = engine_on_cpu(llama, monkeypatch, shapes_of())
+    engine.runner.capture_within(60.0)
+    assert run_requests(engine, requests(limits)) == expected
+    assert engine.runner.counters["num_graph_steps"] == engine.scheduler.stats.num_plans
+    assert all(token % 2 for token in expected["r1", 0]) and len(expected["r2", 0]) >= 6
+
+
+def test_a_quiet_piece_of_a_prompt_that_goes_bad_ends_its_request(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step writes that nobody is sampled from could be reused: it is judged inside the step."""
+    engine, limits = engine_on_cpu(llama, monkeypatch, shapes_of())
+    engine.runner.capture_within(60.0)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    sound = Request.create(prompt_ids(20, seed=1), params, limits, request_id="sound")
+    long = Request.create(prompt_ids(100, seed=2), params, limits, request_id="long")
+    alone = run_requests(engine, [Request.create(prompt_ids(20, seed=1), params, limits, request_id="a")])
+    engine.submit(sound)
+    engine.submit(long)
+    forward = engine.runner.model.forward
+
+    def poison(batch: Any) -> torch.Tensor:
+        hidden_TD = forward(batch)
+        spoiled = (batch.positions_kT[0] >= 40) & (batch.positions_kT[0] < 60)
+        return hidden_TD.masked_fill(spoiled[:, None], torch.nan)
+
+    monkeypatch.setattr(engine.runner.model, "forward", poison)
+    tokens: dict[str, list[int]] = {"sound": [], "long": []}
+    errors: dict[str, str] = {}
+    while engine.has_work:
+        for event in engine.step():
+            tokens[event.request_id] += event.new_token_ids
+            if event.error is not None:
+                errors[event.request_id] = str(event.error)
+    assert tokens["sound"] == alone["a", 0] and not tokens["long"]
+    assert list(errors) == ["long"] and "not finite" in errors["long"]
+    assert engine.runner.counters["num_graph_steps"] == engine.scheduler.stats.num_plans
+
+
+def graphs(shapes: StepShapes) -> tuple[StepGraphs, FakeCapture]:
+    device = torch.device("cpu")
+    capture = FakeCapture(device)
+    rows = Rows(max_rows=24, max_seq_len=128, num_groups=1, block_tokens=16, device=device)
+    made = StepGraphs(capture, rows, TritonInvariant(), shapes, max_seq_len=128, dtype=torch.float32)
+    return made, capture
+
+
+def decode_plan(count: int) -> StepPlan:
+    return StepPlan(0, spans=[Span(row, 9, 1) for row in range(count)], sample=list(range(count)))
+
+
+KV: Any = ([], [])
+
+
+def test_a_larger_step_serves_until_the_right_one_is_there() -> None:
+    steps, capture = graphs(shapes_of())
+    assert steps.shape_of(decode_plan(3)) is None and steps.next_wanted() == StepShape(4)
+    steps.capture(StepShape(16), None, KV)
+    assert [steps.shape_of(decode_plan(n)) for n in (3, 3, 16, 17)] == [(16, 0, 0)] * 3 + [None]
+    # The one that was missed most comes first.
+    assert steps.next_wanted() == StepShape(4)
+    steps.capture(StepShape(4), None, KV)
+    assert steps.shape_of(decode_plan(3)) == (4, 0, 0) and steps.next_wanted() == StepShape(24)
+    prompt = StepPlan(0, spans=[Span(0, 0, 20)], sample=[0])
+    assert steps.shape_of(prompt) is None and StepShape(0, 1, 32) in steps.missing()
+    steps.capture(StepShape(0, 1, 64), None, KV)
+    assert steps.shape_of(prompt) == (0, 1, 64)
+    assert capture.num_captures == 3 and steps.num_late_captures == 0
+    # What is forgotten is wanted again.
+    steps.forget()
+    assert steps.shape_of(decode_plan(3)) is None and len(steps.missing()) == len(shapes_of())
+    wanted = set()
+    while (shape := steps.next_wanted()) is not None:
+        wanted.add(shape)
+        steps.capture(shape, None, KV)
+    assert wanted == {(4, 0, 0), (16, 0, 0), (24, 0, 0), (0, 1, 32), (0, 1, 64)}
+
+
+def test_a_capture_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, capture = graphs(shapes_of())
+
+    def broken(step: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(capture, "run", broken)
+    assert steps.shape_of(decode_plan(2)) is None
+    with pytest.raises(RuntimeError):
+        steps.capture(StepShape(2), None, KV)
+    assert steps.shape_of(decode_plan(2)) is None and steps.next_wanted() is None
+
+
+def test_the_budget_ends_the_captures_of_a_start(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = engine_on_cpu(llama, monkeypatch, shapes_of())
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    # The clock is read at the start, before each capture, and twice by each.
+    engine.runner.capture_within(9.5)
+    monkeypatch.undo()
+    assert engine.runner.counters["num_graphs"] == 3 and not engine.runner.wants_capture
+
+
+def test_what_was_missed_is_captured_once_it_is_quiet(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, limits = engine_on_cpu(llama, monkeypatch, shapes_of())
+    client = InProcessClient(engine)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    client.submit([Request.create(prompt_ids(20, seed=1), params, limits, request_id="a")])
+    assert not engine.can_prepare
+    tokens = [token for _ in range(4) for e in client.events(0.0) for token in e.new_token_ids]
+    assert engine.can_prepare and engine.runner.counters["num_graphs"] == 0
+    # Too short to be quiet; then long enough for both.
+    client.events(QUIET_S / 2)
+    assert engine.runner.counters["num_graphs"] == 0
+    client.events(4 * QUIET_S)
+    assert engine.runner.counters["num_graphs"] == 2 and not engine.can_prepare
+    client.submit([Request.create(prompt_ids(20, seed=1), params, limits, request_id="b")])
+    again = [token for _ in range(4) for e in client.events(0.0) for token in e.new_token_ids]
+    assert again == tokens and len(tokens) == 4
+    counters = engine.runner.counters
+    assert counters["num_graph_steps"] == 4 and counters["num_late_graphs"] == 0
+    # Without pages nothing is captured, and with new ones everything anew.
+    engine.runner.drop_pages()
+    assert not engine.can_prepare
+    engine.runner.make_pages()
+    assert engine.can_prepare
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +247,6 @@ def exact_float32() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@pytest.fixture(scope="module", params=[tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(request.param(), tmp_path_factory.mktemp("model"))
 
 
 def tokens_of(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
@@ -140,13 +307,21 @@ def test_new_weights_and_sleep_are_captured_anew(tmp_path: Path) -> None:
     assert expected[0] != expected[1]
     with LLM(folders[0], device="cuda", dtype="float32") as llm:
         assert tokens_of(llm, PROMPTS[:4], GREEDY[:4]) == expected[0]
-        captured = llm.get_stats()["num_graphs"]
+        captured = expected_graphs = llm.get_stats()["num_graphs"]
         llm.update_weights(folders[1])
-        assert llm.get_stats()["graph_bytes"] == 0
         assert tokens_of(llm, PROMPTS[:4], GREEDY[:4]) == expected[1]
-        assert llm.get_stats()["num_graphs"] > captured
         for level in (1, 2):
+            # What there was is captured anew while nothing runs, with the new weights and pages.
+            deadline = time.monotonic() + 60.0
+            expected_graphs += captured
+            while llm.get_stats()["num_graphs"] < expected_graphs:
+                assert time.monotonic() < deadline
+                time.sleep(10 * QUIET_S)
+            replayed = llm.get_stats()["num_graph_steps"]
+            assert tokens_of(llm, PROMPTS[:4], GREEDY[:4]) == expected[1]
+            assert llm.get_stats()["num_graph_steps"] > replayed + 10
             llm.sleep(level)
+            assert llm.get_stats()["graph_bytes"] == 0
             llm.wake_up()
             assert tokens_of(llm, PROMPTS[:4], GREEDY[:4]) == expected[1]
 

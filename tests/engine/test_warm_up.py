@@ -21,16 +21,14 @@ from slipstream.engine import assembly as assembly_file
 from slipstream.engine.assembly import assemble
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.faults import describe_fault
-from slipstream.engine.graph_config import NUM_PROMPT_LENGTHS, num_graphs
 from slipstream.engine.ledger import HostMemory, Ledger, memory_of, tensor_bytes
-from slipstream.engine.prompt_graphs import LENGTHS
-from slipstream.engine.runner import Runner, StepHandle
+from slipstream.engine.runner import Runner
+from slipstream.engine.step_shapes import StepShape, StepShapes
 from slipstream.engine.warm_up import (
     EVERYTHING,
     NUM_PAGES,
     StepBounds,
     _measure_graphs,
-    decode_step,
     worst_step,
 )
 from tests.bench.tiny_checkpoint import write_checkpoint
@@ -125,34 +123,47 @@ def test_the_worst_step_fills_every_bound(
     assert {row for row, *_ in plan.logits} == {span.row for span in plan.spans if span.len > 1}
 
 
-def test_captured_steps_are_counted() -> None:
-    assert len(LENGTHS) == NUM_PROMPT_LENGTHS
-    assert num_graphs((1, 2, 4)) == 2 * (3 + NUM_PROMPT_LENGTHS) and num_graphs(()) == 0
-    plan = decode_step(BOUNDS, 3, EVERYTHING, step_id=1)
-    assert plan.removed == [0, 1, 2] == plan.sample and plan.num_tokens == 3
+class Capturing:
+    """Captures into a pool of 30 MiB a kind; the first capture of a shape loads 50 MiB of code besides."""
+
+    def __init__(self, memory: CountedMemory) -> None:
+        self.counters = {"graph_bytes": 0}
+        self.shapes: list[StepShape] = []
+        self._memory = memory
+        self.describe_fault = describe_fault
+
+    def capture(self, shape: StepShape) -> object:
+        is_first = shape not in self.shapes
+        self.shapes.append(shape)
+        self.counters["graph_bytes"] += 30 * MIB if is_first else 0
+        self._memory.taken += 53 * MIB if is_first else 3 * MIB
+        return object()
+
+
+SHAPES = StepShapes.create((1, 2, 8), has_padding=True, max_num_tokens=128, max_seq_len=40)
 
 
 def test_graphs_cost_their_pool_and_a_driver_share_each() -> None:
-    """The first capture loads 50 MiB of code, which is not counted for every later one."""
+    """Code is loaded once, and so not counted for every later one."""
+    memory = CountedMemory()
+    runner = Capturing(memory)
+    taken = _measure_graphs(runner, memory, SHAPES)  # type: ignore[arg-type]
+    # Three sizes, prompts of 16, 32 and 40 alone, and 8 rows beside one prompt or eight of 64 or 128 tokens.
+    assert len(SHAPES) == 3 + 3 + 2 * 2
+    assert taken == (3 * 30 + 3 * 10) * MIB
+    assert runner.shapes == 2 * [StepShape(8), StepShape(8, 8, 128), StepShape(0, 1, 40)]
 
-    class Capturing:
-        def __init__(self) -> None:
-            self.counters = {"graph_bytes": 0}
-            self.sizes: list[int] = []
 
-        def launch(self, plan: StepPlan) -> Any:
-            self.sizes.append(len(plan.sample))
-            self.counters["graph_bytes"] += 30 * MIB
-            memory.taken += 3 * MIB if len(self.sizes) > 1 else 53 * MIB
-            return StepHandle(plan)
+def test_a_capture_that_does_not_fit_is_refused_with_the_knob(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Capturing, shape: StepShape) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 3.00 GiB. GPU 0 of which 1.00 GiB is free.")
 
-        def sample(self, handle: StepHandle) -> None: ...
-
-        def collect(self, handle: StepHandle) -> None: ...
-
-    memory, runner = CountedMemory(), Capturing()
-    taken = _measure_graphs(runner, memory, BOUNDS, (1, 2, 8), 10)  # type: ignore[arg-type]
-    assert taken == (60 + 3 * 10) * MIB and runner.sizes == [4, 4]
+    monkeypatch.setattr(Capturing, "capture", full)
+    memory = CountedMemory()
+    with pytest.raises(OutOfMemoryError, match=r"3\.00 GiB needed") as refused:
+        _measure_graphs(Capturing(memory), memory, SHAPES)  # type: ignore[arg-type]
+    assert "CudaGraphConfig(max_batch_size=...)" in str(refused.value)
+    assert f"{90 * MIB:,} bytes are free without it" in str(refused.value)
 
 
 def test_the_pool_gets_what_the_worst_step_leaves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ BLOCK = 128
 @triton.jit
 def _look_up(
     plan_ptr, tokens_ptr, lengths_ptr, tables_ptr, token_ptr, position_ptr, lens_ptr, slots_ptr, table_ptr,
-    num_rows, tokens_stride, tables_stride_g, tables_stride_r, table_stride_g, table_stride_r,
+    plan_stride, slots_stride, tokens_stride, tables_stride_g, tables_stride_r,
+    table_stride_g, table_stride_r,
     GROUPS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
@@ -32,10 +33,10 @@ def _look_up(
         tl.store(position_ptr + i, tl.full((), 0, tl.int64))
         tl.store(lens_ptr + i, tl.full((), 0, tl.int64))
         for g in tl.static_range(GROUPS):
-            tl.store(slots_ptr + g * num_rows + i, tl.full((), -1, tl.int64))
+            tl.store(slots_ptr + g * slots_stride + i, tl.full((), -1, tl.int64))
     else:
         # The host's start is an upper bound; the device's length decides.
-        position = tl.minimum(tl.load(plan_ptr + num_rows + i), tl.load(lengths_ptr + row) - 1)
+        position = tl.minimum(tl.load(plan_ptr + plan_stride + i), tl.load(lengths_ptr + row) - 1)
         tl.store(token_ptr + i, tl.load(tokens_ptr + row * tokens_stride + position).to(tl.int64))
         tl.store(position_ptr + i, position)
         tl.store(lens_ptr + i, position + 1)
@@ -45,7 +46,7 @@ def _look_up(
             source = tables_ptr + g * tables_stride_g + row * tables_stride_r
             target = table_ptr + g * table_stride_g + i.to(tl.int64) * table_stride_r
             page = tl.load(source + position // PAGE).to(tl.int64)
-            tl.store(slots_ptr + g * num_rows + i, page * PAGE + position % PAGE)
+            tl.store(slots_ptr + g * slots_stride + i, page * PAGE + position % PAGE)
             for at in range(0, blocks, BLOCK):
                 pages = tl.load(source + at + c, mask=at + c < blocks, other=0)
                 tl.store(target + at + c, pages, mask=at + c < blocks)
@@ -67,7 +68,7 @@ def decode_inputs(
     groups, rows = slots_GR.shape
     _look_up[(rows,)](
         plan_2R, tokens_RL, lengths_R, tables_GRC, token_ids_R, positions_R, seq_lens_R, slots_GR, table_GRC,
-        rows, tokens_RL.stride(0), tables_GRC.stride(0), tables_GRC.stride(1), table_GRC.stride(0),
-        table_GRC.stride(1), GROUPS=groups, PAGE=page_tokens, BLOCK=BLOCK, num_warps=1,
-        **launch_options(plan_2R),
+        plan_2R.stride(0), slots_GR.stride(0), tokens_RL.stride(0), tables_GRC.stride(0),
+        tables_GRC.stride(1), table_GRC.stride(0), table_GRC.stride(1), GROUPS=groups, PAGE=page_tokens,
+        BLOCK=BLOCK, num_warps=1, **launch_options(plan_2R),
     )  # fmt: skip

@@ -1,0 +1,113 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""What does the host tell a captured step? One line of numbers, laid out the same on both sides.
+
+Of each line of the step: its row, the position of its first token (an upper bound where one token runs), and
+the row that gets a token inside, or -1 where that is chosen outside or not at all. Steps with prompts have
+more: where each line's tokens begin, which line each token belongs to, and where attention's tiles begin.
+Invariant: -1 is nobody: such a line, token or tile reads and writes nothing.
+B lines: R one-token rows, then P longer spans; T tokens of the spans, M tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slipstream.core.plan import Span
+from slipstream.engine.step_shapes import StepShape
+
+# A row's length on the device decides its position; the host need not name a bound.
+NO_BOUND = 2**40
+NOBODY = -1
+# Behind the end of every span.
+NOWHERE = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Where things stand. A tile takes `tile_queries` queries; with `tiles_rows` one-token rows have one."""
+
+    tile_queries: int
+    tiles_rows: bool
+
+    def num_tiles(self, shape: StepShape) -> int:
+        """Return how many tiles any step of this shape can need."""
+        rows = shape.rows if self.tiles_rows else 0
+        # Worst where every span but one ends one token behind a tile.
+        return rows + (shape.tokens - shape.prompts) // self.tile_queries + shape.prompts
+
+    def sizes(self, shape: StepShape) -> list[int]:
+        """Return the lengths of the parts, in their order."""
+        lines = [shape.lines] * 3
+        if not shape.prompts:
+            return lines
+        return [*lines, shape.lines + 1, shape.tokens, 2 * self.num_tiles(shape)]
+
+    def pack_rows(self, shape: StepShape, rows: Sequence[int], inside: Sequence[int]) -> np.ndarray:
+        """Return the line of a step of one-token rows, of which those in `inside` get their token there."""
+        host = np.full((3, shape.lines), NOBODY, dtype=np.int64)
+        host[0, : len(rows)] = rows
+        host[1] = NO_BOUND
+        host[2, : len(inside)] = inside
+        return host.reshape(-1)
+
+    def pack_spans(self, shape: StepShape, spans: Sequence[Span], inside: Sequence[int]) -> np.ndarray:
+        """Return the line of a step with prompts; `inside` is by span. Without spans it is nobody's step."""
+        host = np.full(sum(self.sizes(shape)), NOBODY, dtype=np.int64)
+        ends = np.cumsum(self.sizes(shape))[:-1]
+        rows_B, starts_B, inside_B, query_start, line_T, tiles = np.split(host, ends)
+        lines = lines_of(shape, spans)
+        rows_B[lines] = [span.row for span in spans]
+        starts_B[:] = 0
+        starts_B[lines] = [span.start for span in spans]
+        inside_B[lines] = inside
+        counts = np.zeros(shape.lines, dtype=np.int64)
+        counts[lines] = [span.len for span in spans]
+        # Unused one-token rows have their place in the step all the same.
+        counts[: shape.rows] = 1
+        query_start[0] = 0
+        np.cumsum(counts, out=query_start[1:])
+        prompts = np.arange(shape.rows, shape.lines)
+        line_T[: query_start[-1] - shape.rows] = np.repeat(prompts, counts[shape.rows :])
+        tiles.reshape(-1, 2)[:] = (shape.rows, NOWHERE)
+        starts = self._tiles(shape, counts)
+        tiles[: starts.size] = starts.reshape(-1)
+        return host
+
+    def _tiles(self, shape: StepShape, counts: np.ndarray) -> np.ndarray:
+        """Return (line, first query) of each tile. A span's last ones see the most keys and come first."""
+        first = 0 if self.tiles_rows else shape.rows
+        numbers = -(-counts[first:] // self.tile_queries)
+        lines = np.repeat(np.arange(first, shape.lines), numbers)
+        behind = np.cumsum(numbers)[lines - first] - 1 - np.arange(len(lines))
+        return np.stack((lines, behind * self.tile_queries), axis=1)
+
+
+def lines_of(shape: StepShape, spans: Sequence[Span]) -> list[int]:
+    """Return the line of each span: one-token rows have the first lines, longer spans those behind all R."""
+    num_ones = next((i for i, span in enumerate(spans) if span.len > 1), len(spans))
+    return [*range(num_ones), *range(shape.rows, shape.rows + len(spans) - num_ones)]
+
+
+@dataclasses.dataclass(slots=True)
+class PackedViews:
+    """The parts of a packed line on the device."""
+
+    plan_3B: Tensor
+    query_start: Tensor | None = None
+    line_T: Tensor | None = None
+    tiles_M2: Tensor | None = None
+
+    @classmethod
+    def of(cls, packed: Tensor, shape: StepShape, layout: Layout) -> PackedViews:
+        """Look at the beginning of `packed`; nothing is copied."""
+        sizes = layout.sizes(shape)
+        lines, parts = sum(sizes[:3]), torch.split(packed[: sum(sizes)], sizes)
+        plan_3B = packed[:lines].view(3, shape.lines)
+        if len(parts) == 3:
+            return cls(plan_3B)
+        return cls(plan_3B, parts[3], parts[4], parts[5].view(-1, 2))

@@ -1,0 +1,94 @@
+"""Which steps are captured, which of them serves a plan, and what is captured first?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slipstream.core.plan import Span, StepPlan
+from slipstream.engine.graph_config import DEFAULT_SIZES
+from slipstream.engine.step_shapes import LONE_TOKENS, StepShape, StepShapes, shape_needed
+
+DEFAULT = StepShapes.create(DEFAULT_SIZES, has_padding=True, max_num_tokens=8192, max_seq_len=8192)
+
+
+def plan_of(*spans: Span, sample: list[int] | None = None, **fields: Any) -> StepPlan:
+    rows = [span.row for span in spans] if sample is None else sample
+    return StepPlan(0, spans=list(spans), sample=rows, **fields)
+
+
+def first(shapes: StepShapes, *need: int) -> StepShape | None:
+    return next(shapes.serving(StepShape(*need)), None)
+
+
+def test_what_a_plan_needs() -> None:
+    three = [Span(row, 9, 1) for row in (4, 0, 2)]
+    assert shape_needed(plan_of(*three)) == (3, 0, 0)
+    for other in (
+        plan_of(*three, sample=[4, 0]),
+        plan_of(*three, sample=[0, 4, 2]),
+        plan_of(*three, logits=[(4, 9, 1, "hidden_states")]),
+        plan_of(*three, Span(1, 0, 5), logits=[(1, 0, 5, "prompt_logprobs")]),
+        plan_of(Span(1, 9, 1, parents=(0,))),
+        plan_of(Span(1, 9, 2, parents=(0, 1))),
+        # One-token rows come first, or they are not where a captured step looks for them.
+        plan_of(Span(1, 0, 5), Span(2, 9, 1)),
+        plan_of(),
+    ):
+        assert shape_needed(other) is None
+    # Beside a prompt a piece of one token may be quiet.
+    assert shape_needed(plan_of(*three, Span(1, 0, 5), Span(5, 7, 9), sample=[4, 1])) == (3, 2, 14)
+    assert shape_needed(plan_of(Span(1, 0, 5), sample=[])) == (0, 1, 5)
+
+
+def test_decode_steps_are_padded_or_exact() -> None:
+    shapes = StepShapes.create((1, 2, 4), has_padding=True, max_num_tokens=64, max_seq_len=64)
+    assert [shape.rows for shape in shapes.serving(StepShape(2))] == [2, 4]
+    assert first(shapes, 3) == (4, 0, 0) and first(shapes, 5) is None
+    exact = StepShapes.create((1, 4), has_padding=False, max_num_tokens=64, max_seq_len=64)
+    assert first(exact, 4) == (4, 0, 0) and first(exact, 3) is None and not exact.mixed
+    assert first(exact, 0, 1, 20) == (0, 1, 32)
+    nothing = StepShapes.create((), has_padding=True, max_num_tokens=64, max_seq_len=64)
+    assert not len(nothing) and not nothing.in_order() and first(nothing, 0, 1, 20) is None
+
+
+def test_a_lone_prompt_is_padded_by_an_eighth_at_most() -> None:
+    for tokens in range(2, 2049):
+        shape = first(DEFAULT, 0, 1, tokens)
+        assert shape is not None and shape.rows == 0 and shape.prompts == 1
+        # Below 64 tokens a product reads its weights and nothing else.
+        assert tokens <= 64 or shape.tokens - tokens <= max(32, shape.tokens / 8)
+    assert first(DEFAULT, 0, 1, 2049) is None
+    short = StepShapes.create((1,), has_padding=True, max_num_tokens=100, max_seq_len=50)
+    assert [shape.tokens for shape in short.lone] == [16, 32, 50]
+
+
+def test_a_mixed_step_takes_the_cheapest_that_holds_it() -> None:
+    assert first(DEFAULT, 32, 1, 256) == (32, 1, 256)
+    assert first(DEFAULT, 32, 2, 256) == (32, 8, 256)
+    assert first(DEFAULT, 33, 1, 250) == (64, 1, 256)
+    assert first(DEFAULT, 0, 3, 60) == (8, 8, 64)
+    assert first(DEFAULT, 100, 16, 1000) == (128, 16, 1024)
+    for too_much in ((257, 1, 64), (8, 9, 100), (8, 1, 1025)):
+        assert first(DEFAULT, *too_much) is None
+    for shape in DEFAULT.serving(StepShape(8, 1, 400)):
+        assert shape.holds(StepShape(8, 1, 400)) and shape.num_tokens <= 2 * 408
+    few = StepShapes.create((1, 5), has_padding=True, max_num_tokens=200, max_seq_len=4096)
+    assert {(shape.rows, shape.tokens) for shape in few.mixed} == {(5, 64), (5, 128), (5, 200)}
+    assert few.token_steps == (64, 128, 200)
+
+
+def test_the_largest_come_first_and_every_shape_once() -> None:
+    order = DEFAULT.in_order()
+    assert order[:3] == [StepShape(512), StepShape(256, 16, 1024), StepShape(0, 1, 2048)]
+    assert len(order) == len(set(order)) == len(DEFAULT)
+    # A few of every kind come early, so that soon everything has something that serves it.
+    early = order[: len(order) // 3]
+    assert {shape.rows for shape in early if not shape.prompts} >= {2**n for n in range(10)}
+    assert {shape.tokens for shape in early if not shape.rows} >= {16, 128, 1024, 2048}
+    assert {(shape.rows, shape.prompts) for shape in early if shape.tokens == 256} >= {(32, 1), (32, 8)}
+    assert DEFAULT.lone[-1].tokens == LONE_TOKENS[-1] == 2048
+
+
+def test_shapes_say_what_they_are() -> None:
+    assert str(StepShape(4)) == "decoding 4 rows"
+    assert str(StepShape(8, 1, 64)) == "decoding 8 rows beside 1 prompts of 64 tokens"
