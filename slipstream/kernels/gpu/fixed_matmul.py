@@ -1,16 +1,18 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""How do tokens meet a matrix on a GPU with the same bits, however many they are? In tiles of one shape.
+"""How do tokens meet a matrix on a GPU with the same bits, however many they are? Summed up in one order.
 
-Every product, of one token or of thousands, is cut into tiles of the same size. The inputs are cut into parts
-of a fixed length; a part is summed up from zero in steps of one size, and the parts are added in their order.
-Where there are few tiles, programs take a part each and a second kernel adds the parts up; where there are
-many, one program takes the parts of its tile in turn: the same sums in the same order.
-A line of a tile has the bits that it has on any other line, since a matrix unit adds up each line alike.
+The inputs are cut into parts of a fixed length; a part is summed up from zero in steps of one size, and the
+parts are added in their order. Where there are few tiles, programs take a part each and a second kernel adds
+the parts up; where there are many, one program takes the parts of its tile in turn: the same sums in the same
+order. A matrix unit adds up the 16 inputs of an instruction for each element alike, whatever tile it is in,
+so that in 16 bits many tokens may meet larger tiles; in float32 all tiles have one shape.
 Invariant: what a line of `x` gives depends on that line and the weights.
 T tokens, I inputs, O outputs, P parts.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 import triton
@@ -19,14 +21,30 @@ from torch import Tensor
 
 from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next, wait_for_previous
 
-# 64 lines are the least that a Hopper matrix unit takes at once; 64 outputs keep enough programs at work.
-BLOCK_T, BLOCK_O, BLOCK_I = 64, 64, 64
-BLOCK_I_FLOAT32 = 32
+BLOCK_I, BLOCK_I_FLOAT32 = 64, 32
 # A multiple of both steps. Part of what a result is: another length gives other bits.
 PART = 2048
 # With fewer tiles than this many for each multiprocessor, some would idle: parts go to programs of their own.
 MIN_TILES_PER_SM = 2
 BLOCK_JOIN = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """A tile of tokens and outputs, and how a program runs. None of it changes a bit of a 16-bit product."""
+
+    BLOCK_T: int
+    BLOCK_O: int
+    num_warps: int
+    num_stages: int
+
+
+# 64 lines are the least that a Hopper matrix unit takes at once; 64 outputs keep enough programs at work.
+FEW = Shape(64, 64, 4, 4)
+MANY = Shape(128, 128, 8, 4)
+EXACT = Shape(64, 64, 4, 1)
+# From so many tokens on the larger tiles keep all multiprocessors at work.
+MANY_TOKENS = 512
 
 
 @triton.jit
@@ -97,10 +115,13 @@ def _join_parts(parts_ptr, y_ptr, size, parts, BLOCK: tl.constexpr, PDL: tl.cons
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < size)
 
 
-def fixed_matmul(x_TI: Tensor, weight_OI: Tensor, *, is_split: bool | None = None) -> Tensor:
+def fixed_matmul(
+    x_TI: Tensor, weight_OI: Tensor, *, is_split: bool | None = None, shape: Shape | None = None
+) -> Tensor:
     """Return x @ W^T, [T, O] in x's type. Only enqueues.
 
-    `is_split` says who takes the parts, which changes no bit; left open it follows from the number of tiles.
+    `is_split` says who takes the parts, and `shape` in which tiles, which changes no bit in 16 bits; left
+    open they follow from the number of tokens.
     """
     x_TI = x_TI if x_TI.stride(-1) == 1 else x_TI.contiguous()
     tokens, inputs = x_TI.shape
@@ -109,20 +130,21 @@ def fixed_matmul(x_TI: Tensor, weight_OI: Tensor, *, is_split: bool | None = Non
     if tokens == 0:
         return y
     is_exact = x_TI.dtype == torch.float32
+    if shape is None:
+        shape = EXACT if is_exact else MANY if tokens >= MANY_TOKENS else FEW
     block_i = BLOCK_I_FLOAT32 if is_exact else BLOCK_I
-    tiles = (triton.cdiv(outputs, BLOCK_O), triton.cdiv(tokens, BLOCK_T))
+    tiles = (triton.cdiv(outputs, shape.BLOCK_O), triton.cdiv(tokens, shape.BLOCK_T))
     parts = triton.cdiv(inputs, PART)
     if is_split is None:
-        is_split = tiles[0] * tiles[1] < MIN_TILES_PER_SM * sms_of(x_TI)
+        is_split = tiles[0] * tiles[1] < MIN_TILES_PER_SM * sms_of(x_TI) and shape is not MANY
     is_split = is_split and parts > 1
     scratch = torch.empty(parts, tokens, outputs, dtype=torch.float32, device=x_TI.device) if is_split else y
     options = launch_options(x_TI)
     # Outputs first: programs that share their tokens follow one another, and find them in the cache.
     _fixed_matmul[(*tiles, parts if is_split else 1)](
         x_TI, weight_OI, y, scratch, tokens, outputs, inputs, x_TI.stride(0), weight_OI.stride(0),
-        BLOCK_T=BLOCK_T, BLOCK_O=BLOCK_O, BLOCK_I=block_i, PART=PART, IS_SPLIT=is_split,
-        IS_EVEN=inputs % block_i == 0, IS_EXACT=is_exact,
-        num_warps=4, num_stages=1 if is_exact else 4, **options,
+        BLOCK_I=block_i, PART=PART, IS_SPLIT=is_split, IS_EVEN=inputs % block_i == 0, IS_EXACT=is_exact,
+        **dataclasses.asdict(shape), **options,
     )  # fmt: skip
     if is_split:
         size = tokens * outputs

@@ -15,8 +15,10 @@ T tokens, N query heads, K kv heads, H head size, P pages, t tokens of a block, 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,16 +29,21 @@ from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next,
 from slipstream.kernels.gpu.paged_decode import LOG2_E, capped_scores
 from slipstream.kernels.query_tiles import tile_queries
 
+logger = logging.getLogger(__name__)
+
 # The most shares worth joining, and the most heads whose queries one program takes together.
 MAX_SHARES = 32
 MAX_PACK = 16
+# What a program may take of a multiprocessor's memory where deep queues run, as on an A100 or an H100.
+DEEP_BYTES = 160 << 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cut:
     """How few queries over a long context are cut: lines (query and head) and keys of a tile, how it runs.
 
-    `per_sm` programs are to be on a multiprocessor; a share has at least `shortest` keys.
+    `per_sm` programs are to be on a multiprocessor; a share has at least `shortest` keys. Many queries are not
+    shared out: then a program has the queries of a tile, of as many heads as make the lines.
     """
 
     lines: int
@@ -47,9 +54,13 @@ class Cut:
     shortest: int
 
 
-CUT = Cut(lines=64, keys=64, warps=4, stages=2, per_sm=2, shortest=512)
+# Five stages: a key's page is looked up two tiles ahead of it, and keys are asked for two tiles ahead of their
+# product. With fewer both are awaited as soon as they are asked for.
+CUT = Cut(lines=64, keys=64, warps=4, stages=5, per_sm=2, shortest=512)
+WHOLE = Cut(lines=64, keys=64, warps=4, stages=5, per_sm=1, shortest=1)
 # In float32, whose products take four times as long.
 EXACT_CUT = Cut(lines=32, keys=32, warps=4, stages=1, per_sm=4, shortest=128)
+EXACT_WHOLE = Cut(lines=32, keys=32, warps=4, stages=1, per_sm=1, shortest=1)
 
 
 class Launch(NamedTuple):
@@ -145,7 +156,7 @@ def _prefill(
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr,
     PACK: tl.constexpr, SHORTEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SHARES: tl.constexpr,
-    IS_EXACT: tl.constexpr, PDL: tl.constexpr,
+    IS_FIXED: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     unit, head = tl.program_id(0), tl.program_id(1) * PACK
     start_next(PDL)
@@ -172,8 +183,8 @@ def _prefill(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(0, first_position - window + 1)
-    # Keys up to the first query's own are seen by the whole tile.
-    whole = low + (first_position + 1 - low) // BLOCK_N * BLOCK_N
+    # Keys up to the first query's own are seen by the whole tile; bits may differ from those under a mask.
+    whole = low if IS_FIXED else low + (first_position + 1 - low) // BLOCK_N * BLOCK_N
     used = 1
     if HAS_SHARES:
         pieces = tl.minimum(wanted, tl.maximum((last - low) // SHORTEST, 1))
@@ -223,6 +234,20 @@ def _ceil(number: int, step: int) -> int:
     return -(-number // step)
 
 
+@functools.cache
+def _has_room(device_index: int) -> bool:
+    return torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin >= DEEP_BYTES
+
+
+def _fitted(cut: Cut, q_TNH: Tensor) -> Cut:
+    """Return a way that a GPU of less memory has room for, and long heads their sums in registers."""
+    if q_TNH.shape[2] > 128 and q_TNH.dtype != torch.float32:
+        cut = dataclasses.replace(cut, keys=32, warps=8, per_sm=1)
+    if q_TNH.is_cuda and not _has_room(q_TNH.device.index):
+        cut = dataclasses.replace(cut, stages=min(cut.stages, 2))
+    return cut
+
+
 def choose_shares(units: int, bound: int, cut: Cut, *, sms: int) -> tuple[int, int]:
     """Return how many shares a long context is to have, and how many one of at most `bound` keys can have.
 
@@ -241,17 +266,31 @@ def choose_launch(
     tokens, heads, _ = q_TNH.shape
     is_exact, tile = q_TNH.dtype == torch.float32, tile_queries(q_TNH.dtype)
     if may_cut:
-        cut = cut or (EXACT_CUT if is_exact else CUT)
+        shared = cut or _fitted(EXACT_CUT if is_exact else CUT, q_TNH)
         pack = next(n for n in range(min(group, MAX_PACK), 0, -1) if group % n == 0)
-        queries = _ceil(tile, _ceil(tile, cut.lines // pack))
+        queries = _ceil(tile, _ceil(tile, shared.lines // pack))
         subs = _ceil(min(tile, tokens), queries)
         # A tile that is not full adds one program at most to those its queries fill.
         units = min(num_tiles * subs, num_tiles + (tokens - 1) // queries) * (heads // pack)
-        wanted, shares = choose_shares(units, bound, cut, sms=sms_of(q_TNH))
+        wanted, shares = choose_shares(units, bound, shared, sms=sms_of(q_TNH))
         if wanted > 1:
-            return Launch(cut, pack, queries, subs, wanted, shares)
-    keys, stages = (32, 1) if is_exact else (64, 2)
-    return Launch(Cut(tile, keys, 4, stages, 1, 1), 1, tile, 1, 1, 1)
+            return Launch(shared, pack, queries, subs, wanted, shares)
+    whole = cut or _fitted(EXACT_WHOLE if is_exact else WHOLE, q_TNH)
+    pack = max(1, whole.lines // tile)
+    if group % pack or whole.lines < tile:
+        pack, whole = 1, dataclasses.replace(whole, lines=tile)
+    return Launch(whole, pack, tile, 1, 1, 1)
+
+
+@functools.cache
+def faster_kernel() -> Any:
+    """Return the module of Hopper's own kernel, or None where this triton is too old or too new for it."""
+    try:
+        from slipstream.kernels.gpu import hopper_prefill
+    except (ImportError, AttributeError) as error:
+        logger.warning("prompts attend by the general kernel: triton %s has %s", triton.__version__, error)
+        return None
+    return hopper_prefill
 
 
 def paged_prefill(
@@ -276,6 +315,11 @@ def paged_prefill(
     bound = table_BC.shape[1] * page_tokens
     bound = min(bound, window + tile_queries(q_TNH.dtype)) if window else bound
     way = choose_launch(q_TNH, len(tiles_M2), heads // kv_heads, bound, cut, may_cut=counters is not None)
+    faster = faster_kernel() if way.wanted == 1 and cut is None and counters is not None else None
+    if faster is not None and faster.serves(q_TNH, kv_P2tKH):
+        places = (table_BC, seq_lens_B, query_start_B, tiles_M2)
+        faster.hopper_prefill(q_TNH, kv_P2tKH, *places, out_TNH, scale, window, softcap)
+        return
     cut, block_h = way.cut, max(16, 1 << (size - 1).bit_length())
     grid = (len(tiles_M2) * way.subs, heads // way.pack, way.shares)
     part = stats = zeros = q_TNH
@@ -292,6 +336,6 @@ def paged_prefill(
         GROUP=heads // kv_heads, HEAD=size, PAGE=page_tokens, TILE=tile_queries(q_TNH.dtype),
         QUERIES=way.queries, PACK=way.pack, SHORTEST=cut.shortest, BLOCK_M=cut.lines, BLOCK_N=cut.keys,
         BLOCK_H=block_h, HAS_CAP=softcap > 0, HAS_WINDOW=window > 0, HAS_SHARES=way.shares > 1,
-        IS_EXACT=q_TNH.dtype == torch.float32, num_warps=cut.warps, num_stages=cut.stages,
-        **launch_options(q_TNH),
+        IS_FIXED=counters is None, IS_EXACT=q_TNH.dtype == torch.float32,
+        num_warps=cut.warps, num_stages=cut.stages, **launch_options(q_TNH),
     )  # fmt: skip
