@@ -136,7 +136,15 @@ def measure_host() -> dict[str, Any]:
     }
 
 
-def start(model: str, folder: Path, *, reuse: bool = False, max_seq_len: int = 8192, policy: str = "") -> LLM:
+def start(
+    model: str,
+    folder: Path,
+    *,
+    reuse: bool = False,
+    max_seq_len: int = 8192,
+    policy: str = "",
+    batch_invariant: bool = False,
+) -> LLM:
     (folder / "config.json").write_text(json.dumps(MODELS[model]), encoding="utf-8")
     return LLM(
         folder,
@@ -146,6 +154,7 @@ def start(model: str, folder: Path, *, reuse: bool = False, max_seq_len: int = 8
         max_seq_len=max_seq_len,
         kv_cache_config=KvCacheConfig(enable_block_reuse=reuse),
         scheduler_config=SchedulerConfig(capacity_scheduler_policy=policy) if policy else None,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -163,12 +172,19 @@ def measure_parts(row: str) -> dict[str, dict[str, Any]]:
     return {key: record(row, value, h100_parts.UNITS[key], *limits[key]) for key, value in values.items()}
 
 
+def engine_of(name: str) -> tuple[str, str, bool]:
+    """Return what rows must have in common to share an engine."""
+    return WORK[name].model, WORK[name].policy, WORK[name].batch_invariant
+
+
 def measure_works(names: list[str], keep: Callable[[str, dict[str, Any]], None]) -> None:
     """Measure rows of plain work, engine by engine."""
     names = [name for name in names if name in WORK]
-    for model, policy in dict.fromkeys((WORK[name].model, WORK[name].policy) for name in names):
-        own = [name for name in names if (WORK[name].model, WORK[name].policy) == (model, policy)]
-        with tempfile.TemporaryDirectory() as folder, start(model, Path(folder), policy=policy) as llm:
+    for engine in dict.fromkeys(engine_of(name) for name in names):
+        own = [name for name in names if engine_of(name) == engine]
+        model, policy, is_invariant = engine
+        options = {"policy": policy, "batch_invariant": is_invariant}
+        with tempfile.TemporaryDirectory() as folder, start(model, Path(folder), **options) as llm:
             for line in llm.startup.report:
                 print(f"   {line}", flush=True)
             for name in own:
@@ -208,15 +224,14 @@ class Record:
         self._head = here
 
     def keep(self, name: str, row: dict[str, Any]) -> None:
-        if name == "P25" and "P5" in self._rows:
-            goal = round(0.95 * self._rows["P5"]["value"], 1)
+        of, share = (WORK[name].goal_share if name in WORK else None) or ("", 0.0)
+        if of in self._rows:
+            goal = round(share * self._rows[of]["value"], 1)
             row |= {"goal": goal, "is_goal_met": row["value"] >= goal}
         self._rows[name] = row | {"commit": self._commit}
         share = "" if row["floor_ratio"] is None else f"{row['floor_ratio']:.0%} of the floor, "
         print(f"{name}: {row['value']} {row['unit']} ({share}goal {row['goal']})", flush=True)
-        ordered = sorted(
-            self._rows, key=lambda key: [int(x) if x.isdigit() else x for x in key[1:].split(".")]
-        )
+        ordered = sorted(self._rows, key=lambda key: [x.zfill(4) for x in key[1:].split(".")])
         self._path.parent.mkdir(parents=True, exist_ok=True)
         whole = self._head | {"rows": {key: self._rows[key] for key in ordered}}
         self._path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -64,6 +64,7 @@ class Work:
     `unit` says what a figure is: output tokens/s, milliseconds of a whole call, or those per output token.
     `sampling` are parameters beside greedy decoding, `runs` how many calls the median is of, `policy` the
     engine's capacity policy: with more requests than fit, evicting some would run their tokens again.
+    `goal_share` is (row, share) where the goal is a share of another row's own figure.
     """
 
     model: str
@@ -77,6 +78,8 @@ class Work:
     runs: int = 5
     policy: str = "MAX_UTILIZATION"
     warm_ups: int = 2
+    batch_invariant: bool = False
+    goal_share: tuple[str, float] | None = None
 
     def lengths(self) -> list[Span]:
         """Return (prompt, output) of each request."""
@@ -92,6 +95,7 @@ class Work:
             return str(size) if isinstance(size, int) else f"{size[0]}..{size[1]}"
 
         extra = f", {self.sampling}" if self.sampling else ""
+        extra += ", batch_invariant" if self.batch_invariant else ""
         sizes = f"{self.requests} x {shown(self.prompt)} in / {shown(self.output)} out"
         return f"{self.model}, bfloat16, {sizes}{extra}"
 
@@ -129,7 +133,6 @@ WORK = {
     "P23": Work(
         model="Llama-3.2-1B", requests=1, prompt=128, output=257, floor=0.82, goal=0.90, unit=MS_PER_TOKEN
     ),
-    # The goal is 95% of P5's own figure; `h100.py` puts in what it measured.
     "P25": Work(
         model=L8,
         requests=256,
@@ -138,6 +141,20 @@ WORK = {
         floor=21600,
         goal=0.95 * 18500,
         sampling=SAMPLED,
+        goal_share=("P5", 0.95),
+        runs=3,
+        warm_ups=1,
+    ),
+    # What the same bits in every batch cost.
+    "P3.invariant": Work(
+        model=L8,
+        requests=64,
+        prompt=128,
+        output=128,
+        floor=9610,
+        goal=0.8 * 8600,
+        goal_share=("P3", 0.8),
+        batch_invariant=True,
         runs=3,
         warm_ups=1,
     ),
