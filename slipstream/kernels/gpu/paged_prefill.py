@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +28,8 @@ from torch import Tensor
 from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next, wait_for_previous
 from slipstream.kernels.gpu.paged_decode import LOG2_E, capped_scores
 from slipstream.kernels.query_tiles import tile_queries
+
+logger = logging.getLogger(__name__)
 
 # The most shares worth joining, and the most heads whose queries one program takes together.
 MAX_SHARES = 32
@@ -153,7 +156,7 @@ def _prefill(
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr,
     PACK: tl.constexpr, SHORTEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SHARES: tl.constexpr,
-    IS_EXACT: tl.constexpr, PDL: tl.constexpr,
+    IS_FIXED: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     unit, head = tl.program_id(0), tl.program_id(1) * PACK
     start_next(PDL)
@@ -180,8 +183,8 @@ def _prefill(
     low = 0
     if HAS_WINDOW:
         low = tl.maximum(0, first_position - window + 1)
-    # Keys up to the first query's own are seen by the whole tile.
-    whole = low + (first_position + 1 - low) // BLOCK_N * BLOCK_N
+    # Keys up to the first query's own are seen by the whole tile; bits may differ from those under a mask.
+    whole = low if IS_FIXED else low + (first_position + 1 - low) // BLOCK_N * BLOCK_N
     used = 1
     if HAS_SHARES:
         pieces = tl.minimum(wanted, tl.maximum((last - low) // SHORTEST, 1))
@@ -279,6 +282,17 @@ def choose_launch(
     return Launch(whole, pack, tile, 1, 1, 1)
 
 
+@functools.cache
+def faster_kernel() -> Any:
+    """Return the module of Hopper's own kernel, or None where this triton is too old or too new for it."""
+    try:
+        from slipstream.kernels.gpu import hopper_prefill
+    except (ImportError, AttributeError) as error:
+        logger.warning("prompts attend by the general kernel: triton %s has %s", triton.__version__, error)
+        return None
+    return hopper_prefill
+
+
 def paged_prefill(
     q_TNH: Tensor,
     kv_P2tKH: Tensor,
@@ -301,6 +315,11 @@ def paged_prefill(
     bound = table_BC.shape[1] * page_tokens
     bound = min(bound, window + tile_queries(q_TNH.dtype)) if window else bound
     way = choose_launch(q_TNH, len(tiles_M2), heads // kv_heads, bound, cut, may_cut=counters is not None)
+    faster = faster_kernel() if way.wanted == 1 and cut is None and counters is not None else None
+    if faster is not None and faster.serves(q_TNH, kv_P2tKH):
+        places = (table_BC, seq_lens_B, query_start_B, tiles_M2)
+        faster.hopper_prefill(q_TNH, kv_P2tKH, *places, out_TNH, scale, window, softcap)
+        return
     cut, block_h = way.cut, max(16, 1 << (size - 1).bit_length())
     grid = (len(tiles_M2) * way.subs, heads // way.pack, way.shares)
     part = stats = zeros = q_TNH
@@ -317,6 +336,6 @@ def paged_prefill(
         GROUP=heads // kv_heads, HEAD=size, PAGE=page_tokens, TILE=tile_queries(q_TNH.dtype),
         QUERIES=way.queries, PACK=way.pack, SHORTEST=cut.shortest, BLOCK_M=cut.lines, BLOCK_N=cut.keys,
         BLOCK_H=block_h, HAS_CAP=softcap > 0, HAS_WINDOW=window > 0, HAS_SHARES=way.shares > 1,
-        IS_EXACT=q_TNH.dtype == torch.float32, num_warps=cut.warps, num_stages=cut.stages,
-        **launch_options(q_TNH),
+        IS_FIXED=counters is None, IS_EXACT=q_TNH.dtype == torch.float32,
+        num_warps=cut.warps, num_stages=cut.stages, **launch_options(q_TNH),
     )  # fmt: skip
