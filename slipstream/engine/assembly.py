@@ -317,10 +317,13 @@ def _pacing(resolved: ResolvedConfig, shapes: StepShapes) -> Pacing | None:
     """Return what keeps prompts from stalling streams, where that is asked for."""
     if resolved.max_decode_stretch is None:
         return None
-    # Shorter chunks would cost more in overhead than they take from anybody's wait.
-    min_chunk = max(resolved.kv_cache.tokens_per_block, resolved.max_num_tokens // 32)
+    # Shorter chunks would cost more in overhead than they take from anybody's wait: launches where nothing is
+    # captured, and weights, which are read for a few tokens as for many.
+    least = shapes.token_steps[0] if shapes.token_steps else resolved.max_num_tokens // 32
     return Pacing(
-        max_decode_stretch=resolved.max_decode_stretch, min_chunk=min_chunk, even_chunks=shapes.token_steps
+        max_decode_stretch=resolved.max_decode_stretch,
+        min_chunk=max(resolved.kv_cache.tokens_per_block, least),
+        even_chunks=shapes.token_steps,
     )
 
 
@@ -363,7 +366,7 @@ def _graph_line(resolved: ResolvedConfig, shapes: StepShapes, num_captured: int)
         return f"captured steps: {decoding} and prompts alone, each when it is first met"
     return (
         f"captured steps: {num_captured} of {len(shapes)}, {decoding}, with pieces of prompts beside them "
-        f"({len(shapes.mixed)}) and prompts alone ({len(shapes.lone)}); what is missed, while nothing runs"
+        f"({len(shapes.mixed)}) and prompts alone ({len(shapes.lone)}); the others while nothing runs"
     )
 
 

@@ -4,8 +4,9 @@
 A captured step holds everything from the look-up of tokens, positions and pages to the logits, and for rows
 that take the greatest one the choice of the token and its place in the row too. The host writes one line of
 numbers and replays; unused lines and tokens of a shape have the number -1 and touch nothing.
-Shapes are captured before the engine is ready or while nothing runs; until then a larger one serves, or the
-step runs kernel by kernel. Only where sizes are not padded is a shape captured when it is met.
+Shapes are captured before the engine is ready or while nothing runs, those that were missed first; until
+then a larger one serves, or the step runs kernel by kernel. Only where sizes are not padded is a shape
+captured when it is met.
 Invariant: a replay computes what the same step would kernel by kernel; nothing here waits for the device but
 a capture. Captured addresses are the rows', the pages' and the weights': whoever replaces one of these calls
 `forget`.
@@ -192,15 +193,14 @@ class StepGraphs:
         self._layout = Layout(tile_queries=tile_queries(dtype), tiles_rows=backend.capability.batch_invariant)
         self._inputs: StaticInputs | None = None
         self._captured: dict[StepShape, Captured] = {}
-        # How often a plan would have run in a shape that is not there.
+        # How often a plan would have run in a shape that was not there.
         self._wanted: Counter[StepShape] = Counter()
         self._failed: set[StepShape] = set()
         self._last_rows: tuple[StepShape, list[int], list[int]] | None = None
         self.num_late_captures = 0
 
     def forget(self) -> None:
-        """Let go of everything captured and its memory; what there was is wanted again."""
-        self._wanted.update(self._captured.keys())
+        """Let go of everything captured and its memory."""
         self._captured.clear()
         self._failed.clear()
         self._inputs, self._last_rows = None, None
@@ -216,22 +216,25 @@ class StepGraphs:
             return found
         if not self._shapes.has_padding:
             return serving[0]
-        if serving[0] not in self._failed:
-            self._wanted[serving[0]] += 1
+        self._wanted[serving[0]] += 1
         return found
 
-    def next_wanted(self) -> StepShape | None:
-        """Return the shape that is missed most and not there."""
-        return max(self._wanted, key=lambda shape: self._wanted[shape], default=None)
+    @property
+    def is_missing(self) -> bool:
+        """Say whether `missing` would return any."""
+        return self._shapes.has_padding and len(self._captured) + len(self._failed) < len(self._shapes)
 
     def missing(self) -> list[StepShape]:
-        """Return the shapes that are not captured, in the order in which a start captures them."""
-        return [shape for shape in self._shapes.in_order() if shape not in self._captured]
+        """Return the shapes to capture before they are met: the most missed, then the most useful first."""
+        if not self._shapes.has_padding:
+            return []
+        there = self._captured.keys() | self._failed
+        missing = [shape for shape in self._shapes.in_order() if shape not in there]
+        return sorted(missing, key=lambda shape: -self._wanted[shape])
 
     def capture(self, shape: StepShape, model: Any, kv: KvPlaces) -> Captured:
-        """Capture a step of nobody's rows; blocks. A shape that fails is not wanted again before `forget`."""
+        """Capture a step of nobody's rows; blocks. A shape that fails is not missed again before `forget`."""
         started = time.monotonic()
-        self._wanted.pop(shape, None)
         self._write(shape, self._pack(shape))
         self._failed.add(shape)
         made = self._capture.run(lambda: self._step(shape, model, kv))

@@ -75,7 +75,9 @@ class Sample:
 
     def take(self, event: TokenEvent) -> bool:
         """Add an event's tokens; True where a stop string ended the sample before the engine did."""
-        logits = [values for what, _, values in event.extras if what == "generation_logits"]
+        logits: list[Any] = []
+        if event.extras:
+            logits = [values for what, _, values in event.extras if what == "generation_logits"]
         is_stop_token = event.finish_reason == "stop" and event.stop_reason is not None
         last = len(event.new_token_ids) - 1
         for position, token in enumerate(event.new_token_ids):
@@ -84,8 +86,10 @@ class Sample:
                 self._take_logprobs(event.logprobs[position])
             if self._logits is not None:
                 self._logits.append(logits[position])
+            if self._detokenizer is None:
+                continue
             is_hidden = is_stop_token and position == last and not self._include_stop
-            stop = None if is_hidden else self._take_text(token)
+            stop = None if is_hidden else self._take_text(self._detokenizer, token)
             if stop is not None:
                 self.output.finish_reason, self.output.stop_reason = "stop", stop
                 return event.finish_reason is None
@@ -112,10 +116,8 @@ class Sample:
         else:
             output.finish_reason, output.stop_reason = "stop", stop
 
-    def _take_text(self, token: int) -> str | None:
-        if self._detokenizer is None:
-            return None
-        piece = self._detokenizer.append((token,))
+    def _take_text(self, detokenizer: IncrementalDetokenizer, token: int) -> str | None:
+        piece = detokenizer.append((token,))
         if self._matcher is None:
             self.output.text += piece
             return None
@@ -312,8 +314,10 @@ class OutputProcessor:
         """Apply one event; True where the engine still works on a sample that is over here."""
         sample = pending.samples[event.index]
         self._count(pending, sample, event, now)
-        pending.num_cached_tokens = max(pending.num_cached_tokens, event.num_cached_tokens)
-        pending.hidden_states += [values for what, _, values in event.extras if what == "hidden_states"]
+        if event.num_cached_tokens > pending.num_cached_tokens:
+            pending.num_cached_tokens = event.num_cached_tokens
+        if event.extras:
+            pending.hidden_states += [values for what, _, values in event.extras if what == "hidden_states"]
         if event.error is not None:
             message, code = event.error
             pending.error = RequestError(message, code=code)

@@ -60,7 +60,8 @@ class PromptExtras:
 
 def logprob_entry(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
     """Return the leading tokens of a position, likeliest first, and the token that stands there."""
-    entry = {token: Logprob(value, rank) for rank, (token, value) in enumerate(logprobs.top, start=1)}
+    # This runs once a token, and its loop is the list of leaders: keep it flat.
+    entry = {token: Logprob(value, rank) for rank, (token, value) in enumerate(logprobs.top, 1)}
     entry[logprobs.token_id] = Logprob(logprobs.logprob, logprobs.rank)
     if tokenizer is not None:
         for token, logprob in entry.items():

@@ -22,7 +22,7 @@ from slipstream.attention.base import AttentionBackend
 from slipstream.core.batch import ForwardBatch
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
-from slipstream.core.plan import StepPlan, StepResult, TokenLogprobs
+from slipstream.core.plan import StepPlan, StepResult
 from slipstream.engine.faults import describe_fault
 from slipstream.engine.graphs import Captured, GraphCapture, KvPlaces, StepGraphs, StepOutput
 from slipstream.engine.host_rows import HostRows
@@ -213,15 +213,14 @@ class Runner:
 
     @property
     def wants_capture(self) -> bool:
-        """Say whether a step could have run captured and had to run otherwise."""
+        """Say whether there is a step that could be captured before it is met."""
         is_awake = self.model is not None and bool(self._kv_pages)
-        return is_awake and self.graphs is not None and self.graphs.next_wanted() is not None
+        return is_awake and self.graphs is not None and self.graphs.is_missing
 
     def capture_wanted(self) -> None:
         """Capture the step that was missed most, while nothing runs; blocks for a part of a second."""
-        shape = self.graphs.next_wanted() if self.graphs is not None else None
-        if shape is None:
-            return
+        assert self.graphs is not None
+        shape = self.graphs.missing()[0]
         try:
             self.capture(shape)
         except Exception:
@@ -438,7 +437,7 @@ class Runner:
             result.error_codes[row] = "processing_error"
         for row, processed in handle.processed.items():
             processed.tokens += result.tokens[row]
-        result.logprobs = _logprobs(sampled, rows)
+        result.logprobs = {rows[idx]: [found] for idx, found in sampled.logprobs_by_row().items()}
         continuations = sampled.continuations_by_row()
         result.candidates = {rows[idx]: found for idx, found in continuations.items()}
 
@@ -463,11 +462,6 @@ def _read_drawn(drawn: Drawn, result: StepResult) -> None:
     for row, line in drawn.quiet:
         if not parts[2][line]:
             result.row_errors[row] = STATUS_MESSAGES[1]
-
-
-def _logprobs(sampled: SampleOutput, rows: Sequence[int]) -> dict[int, list[TokenLogprobs]]:
-    found = ((row, sampled.logprobs_of(idx)) for idx, row in enumerate(rows))
-    return {row: [logprobs] for row, logprobs in found if logprobs is not None}
 
 
 def bind_layers(groups: Sequence[CacheGroup]) -> list[tuple[int, int]]:

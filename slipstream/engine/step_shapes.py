@@ -26,12 +26,14 @@ LONE_TOKENS = (
 )  # fmt: skip
 # Pieces of prompts beside decoding rows.
 MIXED_ROWS = (8, 16, 32, 64, 128, 256)
-MIXED_TOKENS = (64, 128, 256, 384, 512, 768, 1024)
+MIXED_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024)
 MIN_PROMPTS, TOKENS_PER_PROMPT = 8, 64
 # What is captured first of each, so that everything soon has something that serves it.
 FIRST_LONE = (1024, 512, 256, 128, 64, 32, 16)
 FIRST_ROWS = (256, 128, 32, 8)
 FIRST_TOKENS = (512, 256, 128)
+# Beside readers a long prompt runs in pieces of what they can bear, whose number changes with its context.
+FIRST_PIECES = (512, 384, 256, 192, 128, 64)
 # Tokens that a step with prompts may run where half as many would do: this few cost little.
 FREE_TOKENS = 256
 
@@ -145,12 +147,15 @@ class StepShapes:
         powers = {bisect.bisect_left(self.sizes, 2**n) for n in range(13)}
         ladder = [StepShape(self.sizes[i]) for i in sorted(powers, reverse=True) if i < len(self.sizes)]
         lone = [shape for tokens in FIRST_LONE for shape in self.lone if shape.tokens == tokens]
-        is_first = [shape.rows in FIRST_ROWS and shape.tokens in FIRST_TOKENS for shape in self.mixed]
-        mixed = [shape for shape, first in zip(self.mixed, is_first, strict=True) if first]
+        mixed = [shape for shape in self.mixed if _is_first(shape)]
         rest = [StepShape(size) for size in self.sizes]
         order = [*self.largest(), *ladder, *lone, *mixed[::-1]]
         order += [*rest[::-1], *self.lone[::-1], *self.mixed[::-1]]
         return list(dict.fromkeys(order))
+
+
+def _is_first(shape: StepShape) -> bool:
+    return shape.rows in FIRST_ROWS and shape.tokens in (FIRST_PIECES if shape.prompts == 1 else FIRST_TOKENS)
 
 
 def _up_to(steps: Sequence[int], bound: int) -> tuple[int, ...]:

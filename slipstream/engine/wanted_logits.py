@@ -40,9 +40,9 @@ class Wanted:
     def read(self) -> Extra:
         """Wait for the parts and join them."""
         if self.kind == "prompt_logprobs":
-            lines = [line for part in self.parts for line in part.numbers()]
-            logprobs = [unpack_logprobs(line, self.num_top) for line in lines]
-            return self.kind, self.start, logprobs
+            lines = (part.array() for part in self.parts)
+            found = [unpack_logprobs(part, [self.num_top] * len(part)) for part in lines]
+            return self.kind, self.start, [one for part in found for one in part]
         arrays = [part.array() for part in self.parts]
         return self.kind, self.start, arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
