@@ -8,7 +8,8 @@ a time, with how many captures happened while they ran (none is right).
 
 Predicted for an H100, 8B: a step of 32 rows beside 256 tokens reads 14 GB of weights (4.6 ms) and computes
 4.0 TFLOP (5.4 ms at 750 TFLOP/s): 8 ms captured with attention, 16 by kernels; beside 512 tokens 7.6 TFLOP
-(10.1 ms): 13 captured; a prompt of 2,048 alone 3 ms less than before; 50 to 80 captures in the 4 s of a start.
+(10.1 ms): 13 captured; a prompt of 2,048 alone 3 ms less than before; 50 to 80 captures in the 4 s of a
+start.
 
     python benchmarks/captured_steps.py [--device cuda] [--layers 32] [--out captured.json]
 """

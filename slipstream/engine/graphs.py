@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import time
@@ -84,6 +85,12 @@ class Borrowed:
         }
 
 
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all captures: memory of their pool, and the products' own, is kept by stream."""
+    return torch.cuda.Stream(device)
+
+
 @contextlib.contextmanager
 def collector_off() -> Generator[None]:
     """Keep Python from collecting cycles for a while."""
@@ -101,17 +108,14 @@ class GraphCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Memory of the pool is kept by stream, so all captures have the same one.
         self._pool: Any = None
-        self._stream: Any = None
         self.num_bytes = 0
         self.num_replays = 0
         self.num_captures = 0
 
     def forget(self) -> None:
         """Let go of the pool; whoever holds a captured step lets go of it too."""
-        self._pool = self._stream = None
-        self.num_bytes = 0
+        self._pool, self.num_bytes = None, 0
 
     def run(self, step: Callable[[], tuple[Tensor, Tensor]]) -> Captured:
         """Run a step, so that every kernel is loaded, then capture it. Blocks.
@@ -119,14 +123,14 @@ class GraphCapture:
         Steps share the pool, since only one runs at a time and what it leaves is read before the next.
         """
         if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+            self._pool = torch.cuda.graph_pool_handle()
         step()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         before = torch.cuda.memory_reserved(self._device)
         # Not torch.cuda.graph, which gives back all cached memory, pinned memory too, at every capture. A
         # graph that the collector finds meanwhile must not be destroyed in the middle of this one.
-        with torch.cuda.stream(self._stream), collector_off():
+        with torch.cuda.stream(capture_stream(self._device)), collector_off():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 logits_BV, drawn_3B = step()

@@ -284,6 +284,26 @@ def test_tokens_are_those_of_steps_without_graphs(folder: Path, sizes: str, dept
 
 
 @pytest.mark.gpu
+def test_mixtures_are_replayed_and_right(folder: Path) -> None:
+    """Everything is captured before the first request; then every step is replayed: pieces, quiet rows, both
+    ways of choosing in one step."""
+    options = {"device": "cuda", "dtype": "float32", "kv_cache_config": NO_REUSE, **BOUNDS}
+    plain = assemble(EngineConfig(model=str(folder), enforce_eager=True, **options))
+    expected = run_requests(plain.engine, mixture(plain.limits))
+    graphs = CudaGraphConfig(capture_budget_s=100.0)
+    assembly = assemble(EngineConfig(model=str(folder), cuda_graph_config=graphs, **options))
+    assert assembly.phases["capture"] > 0 and any("captured steps: " in line for line in assembly.report)
+    engine = assembly.engine
+    before = engine.runner.counters
+    assert run_requests(engine, mixture(assembly.limits)) == expected
+    counters, stats = engine.runner.counters, engine.scheduler.stats
+    assert counters["num_graph_steps"] == stats.num_plans > 20 and stats.num_chunks > stats.num_admissions
+    assert counters["num_graphs"] == before["num_graphs"] and counters["num_late_graphs"] == 0
+    # The steps share the memory of what they leave: a second one of each takes none.
+    assert counters["graph_bytes"] <= assembly.ledger.graph_bytes
+
+
+@pytest.mark.gpu
 def test_prompts_alone_are_replayed_and_right(folder: Path) -> None:
     """One request at a time: prompts whole, continued after a prefix hit, and in chunks before the last."""
     params = [SamplingParams(max_tokens=3, ignore_eos=True)] * len(PROMPTS)
