@@ -18,6 +18,8 @@ from slipstream.core.errors import EngineError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from slipstream.kernels.shared_prefix import SharedPrefixes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionCapability(Capability):
@@ -25,8 +27,9 @@ class AttentionCapability(Capability):
 
     `page_sizes` are tokens per block; `batch_invariant` means bit-equal results whatever else is in the
     batch; `graph` means that `run` of one-token rows may be captured and replayed for other lengths;
-    `native_blocks` that it has `native_step`, by which a whole decoder block runs as one native call;
-    `rotates` that it has `rotate_and_run`, which takes the projection of q, k and v as it is.
+    `cascade` that it reads a plan's `shared`; `native_blocks` that it has `native_step`, by which a whole
+    decoder block runs as one native call; `rotates` that it has `rotate_and_run`, which takes the
+    projection of q, k and v as it is.
     """
 
     head_dims: frozenset[int] = frozenset()
@@ -95,6 +98,8 @@ class AttentionPlan:
     """One step as a backend sees it; make a new one for every step.
 
     `step_cache` holds what a backend works out on the first layer that needs it and shares with the rest.
+    `shared` says which of the one-token rows begin with the same pages, for a backend that serves `cascade`;
+    results are the same without it.
     """
 
     backend: AttentionBackend
@@ -103,6 +108,7 @@ class AttentionPlan:
     num_decodes: int
     max_seq_len: int
     step_cache: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+    shared: SharedPrefixes | None = None
 
     @classmethod
     def create(

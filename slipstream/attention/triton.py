@@ -3,6 +3,7 @@
 One-token rows split their contexts evenly over the whole GPU; spans run in tiles of queries. Both read the
 pages in place, through the block table. What the kernels need of the plan is made once a step: where tiles
 start follows from host bounds, and where the rows' work is cut from the lengths, on the device.
+Where rows begin with the same pages and the plan says so, these are read once for all of them.
 Invariant: nothing here waits for the device or depends on its values, so that a step of one-token rows may be
 captured and replayed for other lengths.
 T tokens, N query heads, K kv heads, H head size, B rows, R one-token rows, M tiles of queries.
@@ -26,6 +27,8 @@ from slipstream.kernels.plugins import KERNELS
 from slipstream.kernels.query_tiles import tile_queries
 from slipstream.kernels.rotary_decode import rotary_decode_op
 from slipstream.kernels.rotary_store import rotary_store_op
+from slipstream.kernels.shared_prefix import SharedPrefixes
+from slipstream.kernels.shared_prefix_decode import shared_prefix_decode_op
 from slipstream.kernels.store_slots import store_slots_op
 
 MAX_HEAD_DIM = 256
@@ -45,6 +48,7 @@ class TritonAttention:
         min_sm=MIN_SM,
         head_dims=frozenset(range(8, MAX_HEAD_DIM + 1, 8)),
         window=True,
+        cascade=True,
         graph=True,
         needs_triton=True,
         rotates=True,
@@ -146,11 +150,22 @@ class TritonAttention:
             longest = max(plan.max_seq_lens[:rows])
             paged_decode_op(q_RNH, *cache, out_RNH, counters, longest, *settings)
             return
-        borders = self._borders(q_RNH, cache, plan, settings[1])
-        balanced_decode_op(q_RNH, *cache, borders, out_RNH, counters, *settings)
+        scale, window, softcap = settings
+        # Behind a window rows see other positions of what they share.
+        shared = None if window else plan.shared
+        borders = self._borders(q_RNH, cache, plan, window, shared)
+        if shared is None:
+            balanced_decode_op(q_RNH, *cache, borders, out_RNH, counters, *settings)
+        else:
+            shared_prefix_decode_op(q_RNH, *cache, borders, *shared, out_RNH, counters, scale, softcap)
 
     def _borders(
-        self, q_RNH: Tensor, cache: tuple[Tensor, Tensor, Tensor], plan: AttentionPlan, window: int
+        self,
+        q_RNH: Tensor,
+        cache: tuple[Tensor, Tensor, Tensor],
+        plan: AttentionPlan,
+        window: int,
+        shared: SharedPrefixes | None,
     ) -> Tensor:
         """Return where the work of the rows is cut: made once a step for layers that see as far."""
         kv_P2tKH, _, lens_R = cache
@@ -158,7 +173,8 @@ class TritonAttention:
         cut = (kv_heads, keys_of_unit(q_RNH.dtype, size), window)
         borders = plan.step_cache.get((BORDERS, *cut))
         if borders is None:
-            borders = decode_borders_op(lens_R, None, *cut, num_programs(q_RNH.device))
+            shared_R = None if shared is None else shared.rows_5R[0]
+            borders = decode_borders_op(lens_R, shared_R, *cut, num_programs(q_RNH.device))
             plan.step_cache[(BORDERS, *cut)] = borders
         return borders
 

@@ -24,7 +24,9 @@ from slipstream.kernels.query_tiles import tile_queries
 class TritonInvariant(TritonAttention):
     """Paged attention in Triton by one kernel of one shape: full attention, heads of up to 256."""
 
-    capability = dataclasses.replace(TritonAttention.capability, window=False, batch_invariant=True)
+    capability = dataclasses.replace(
+        TritonAttention.capability, window=False, cascade=False, batch_invariant=True
+    )
     fuses_one_row = False
 
     def __init__(self) -> None:

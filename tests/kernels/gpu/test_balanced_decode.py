@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 LENGTHS = {
     "short": [1, 2, 17, 64, 129, 33],
     "empty rows": [0, 1, 0, 0, 100, 64, 0, 33, 0],
-    "one long": [3, 1500, 40],
+    "one long": [3, 900, 40],
     "even": [96] * 8,
     "nobody": [0, 0, 0],
 }
@@ -46,13 +46,13 @@ def check(device: str, lens: list[int], programs: int, *, dtype: torch.dtype = t
     borders = decode_borders(lens_R, *cut)
     assert torch.equal(borders, definition_of_borders(lens_R, *cut))
     out, counters = torch.full_like(q, torch.nan), torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
-    for _ in range(2):
+    for _ in range(2 if HAS_GPU else 1):
         balanced_decode(q, pages, table, lens_R, borders, out, counters, *scoring)
         assert not bool(counters.any())
         assert float((out.double().cpu() - expected).abs().max()) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("programs", [1, 7, 40])
+@pytest.mark.parametrize("programs", [7, 40])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths(device: str, name: str, programs: int) -> None:
     check(device, LENGTHS[name], programs)
@@ -69,7 +69,7 @@ def test_lengths(device: str, name: str, programs: int) -> None:
     ids=str,
 )
 def test_shapes_windows_and_caps(device: str, case: dict) -> None:
-    check(device, [700, 3, 0, 90], 11, **case)
+    check(device, [400, 3, 0, 90], 11, **case)
 
 
 def test_random_rows(device: str) -> None:
