@@ -38,9 +38,12 @@ class TokenEvent(msgspec.Struct, omit_defaults=True):
     num_preemptions: int = 0
 
 
-@dataclasses.dataclass(slots=True)
-class Logprob:
-    """Log-probability of one token at one position; `rank` 1 is the most likely."""
+class Logprob(msgspec.Struct, gc=False):
+    """Log-probability of one token at one position; `rank` 1 is the most likely.
+
+    Millions of them may be alive: Python's collector does not walk them, for they refer to nothing that could
+    refer back.
+    """
 
     logprob: float
     rank: int

@@ -22,7 +22,7 @@ from slipstream.attention.base import AttentionBackend
 from slipstream.core.batch import ForwardBatch
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
-from slipstream.core.plan import StepPlan, StepResult, TokenLogprobs
+from slipstream.core.plan import StepPlan, StepResult
 from slipstream.engine.faults import describe_fault
 from slipstream.engine.graphs import Captured, GraphCapture, KvPlaces, StepGraphs, StepOutput
 from slipstream.engine.host_rows import HostRows
@@ -437,7 +437,7 @@ class Runner:
             result.error_codes[row] = "processing_error"
         for row, processed in handle.processed.items():
             processed.tokens += result.tokens[row]
-        result.logprobs = _logprobs(sampled, rows)
+        result.logprobs = {rows[idx]: [found] for idx, found in sampled.logprobs_by_row().items()}
         continuations = sampled.continuations_by_row()
         result.candidates = {rows[idx]: found for idx, found in continuations.items()}
 
@@ -462,11 +462,6 @@ def _read_drawn(drawn: Drawn, result: StepResult) -> None:
     for row, line in drawn.quiet:
         if not parts[2][line]:
             result.row_errors[row] = STATUS_MESSAGES[1]
-
-
-def _logprobs(sampled: SampleOutput, rows: Sequence[int]) -> dict[int, list[TokenLogprobs]]:
-    found = ((row, sampled.logprobs_of(idx)) for idx, row in enumerate(rows))
-    return {row: [logprobs] for row, logprobs in found if logprobs is not None}
 
 
 def bind_layers(groups: Sequence[CacheGroup]) -> list[tuple[int, int]]:

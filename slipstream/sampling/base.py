@@ -7,8 +7,10 @@ Shapes: R sampled rows, L of them with logprobs, K their longest list of leading
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Final, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,61 +82,78 @@ class PackedContinuations:
 class SampleOutput:
     """One token per row, in the order of the rows sampled: int64 `token_ids_R`, int8 `status_R` (see above).
 
-    A row whose status is not OK has token 0. `start_copy` begins the transfer to the host without waiting;
-    without it the first read copies. `tokens`, `statuses` and `logprobs_of` block until the step is done.
+    A row whose status is not OK has token 0. `start_copy` begins the transfer to the host without waiting, in
+    one copy; without it the first read copies. What reads on the host blocks until the step is done.
     """
 
     token_ids_R: Tensor
     status_R: Tensor
     logprobs: PackedLogprobs | None = None
     continuations: PackedContinuations | None = None
-    _copies: list[HostCopy] = dataclasses.field(default_factory=list[HostCopy])
-    _lines: list[list[float]] = dataclasses.field(default_factory=list[list[float]])
+    _copy: HostCopy | None = None
+    _parts: list[Any] | None = None
 
     def start_copy(self) -> None:
-        if not self._copies:
-            tensors = [self.token_ids_R, self.status_R]
-            if self.logprobs is not None:
-                tensors.append(self.logprobs.packed)
-            if self.continuations is not None:
-                tensors.append(self.continuations.packed)
-            self._copies = [HostCopy(t) for t in tensors]
+        if self._copy is None:
+            packed = [table.packed for table in self._tables()]
+            # Ids and statuses are exact in float64.
+            dtype = torch.float64 if packed else torch.int64
+            tensors = [self.token_ids_R, self.status_R, *packed]
+            self._copy = HostCopy(torch.cat([tensor.flatten().to(dtype) for tensor in tensors]))
+
+    def _tables(self) -> list[PackedLogprobs | PackedContinuations]:
+        return [table for table in (self.logprobs, self.continuations) if table is not None]
+
+    def _read(self) -> list[Any]:
+        """Return ids, statuses, and the tables there are, as numpy arrays."""
+        if self._parts is None:
+            self.start_copy()
+            assert self._copy is not None
+            whole, count = self._copy.array(), len(self.token_ids_R)
+            self._parts = [whole[:count].astype(np.int64), whole[count : 2 * count].astype(np.int64)]
+            start = 2 * count
+            for lines, width in (table.packed.shape for table in self._tables()):
+                self._parts.append(whole[start : start + lines * width].reshape(lines, width))
+                start += lines * width
+        return self._parts
 
     def tokens(self) -> list[int]:
-        self.start_copy()
-        return self._copies[0].numbers()
+        return self._read()[0].tolist()
 
     def statuses(self) -> list[int]:
-        self.start_copy()
-        return self._copies[1].numbers()
+        return self._read()[1].tolist()
 
-    def logprobs_of(self, i: int) -> TokenLogprobs | None:
-        """Return row i's logprobs; None where it asked for none or failed."""
+    def logprobs_by_row(self) -> dict[int, TokenLogprobs]:
+        """Return the logprobs of the batch rows that ask and did not fail."""
         table = self.logprobs
-        if table is None or i not in table.place:
-            return None
-        if not self._lines:
-            self.start_copy()
-            self._lines = self._copies[2].numbers()
-        return unpack_logprobs(self._lines[table.place[i]], table.num_top[i])
+        if table is None:
+            return {}
+        found = unpack_logprobs(self._read()[2], list(table.num_top.values()))
+        return {i: one for i, one in zip(table.place, found, strict=True) if one is not None}
 
     def continuations_by_row(self) -> dict[int, Candidates]:
         """Return how the batch rows that ask could go on; empty where none asks."""
         table = self.continuations
         if table is None:
             return {}
-        self.start_copy()
-        lines = self._copies[-1].numbers()
+        lines = self._read()[-1].tolist()
         return {i: unpack_continuations(lines[place], table.count[i]) for i, place in table.place.items()}
 
 
-def unpack_logprobs(line: list[float], num_top: int) -> TokenLogprobs | None:
-    """Read one packed row and its first `num_top` leading tokens; None where its status is not OK."""
-    token_id, logprob, rank, status = line[:NUM_SCALARS]
-    if status != OK:
-        return None
-    half = (len(line) - NUM_SCALARS) // 2
-    ids = line[NUM_SCALARS : NUM_SCALARS + num_top]
-    values = line[NUM_SCALARS + half : NUM_SCALARS + half + num_top]
-    top = [(int(t), v) for t, v in zip(ids, values, strict=True)]
-    return TokenLogprobs(token_id=int(token_id), logprob=logprob, rank=int(rank), top=top)
+def unpack_logprobs(lines: Any, num_top: Sequence[int]) -> list[TokenLogprobs | None]:
+    """Read packed rows, a float64 array [L, 4 + 2K]; row i has its first `num_top[i]` leading tokens.
+
+    None where a row's status is not OK. Whole columns become lists at once, for numbers one by one cost more.
+    """
+    half = NUM_SCALARS + (lines.shape[1] - NUM_SCALARS) // 2
+    ids, ranks, statuses = lines[:, [0, 2, 3]].astype(np.int64).T.tolist()
+    values = lines[:, 1].tolist()
+    top_ids, top_values = lines[:, NUM_SCALARS:half].astype(np.int64).tolist(), lines[:, half:].tolist()
+    if any(count < half - NUM_SCALARS for count in num_top):
+        top_ids = [row[:count] for row, count in zip(top_ids, num_top, strict=True)]
+        top_values = [row[:count] for row, count in zip(top_values, num_top, strict=True)]
+    tops = [list(zip(*pair, strict=True)) for pair in zip(top_ids, top_values, strict=True)]
+    found: list[TokenLogprobs | None] = list(map(TokenLogprobs, ids, values, ranks, tops))
+    if any(statuses):
+        found = [one if status == OK else None for one, status in zip(found, statuses, strict=True)]
+    return found

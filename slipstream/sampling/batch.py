@@ -90,6 +90,11 @@ class Batch:
         self.rows_R = to_device(self.rows, torch.int64, device)
         self.pending = [row for row in rows if row in pending]
         self.num_top = {i: s.logprobs for i, s in enumerate(asked) if s.logprobs >= 0}
+        self.wants_all_logprobs = bool(self.num_top) and len(self.num_top) == len(rows)
+        # Where each row's logprobs stand among those of the rows that want some.
+        self.place_of_logprobs = {i: place for place, i in enumerate(self.num_top)}
+        # Whether no row is greedy.
+        self.is_random = not any(s.is_greedy for s in asked)
         self.num_candidates = {i: s.num_candidates for i, s in enumerate(asked) if s.num_candidates}
         self._table = table
         self._device = device
@@ -111,6 +116,7 @@ class Batch:
         self.has_edits = bool(
             bias or early or self.penalised or self.allowed or bad or self.ngrams or self.sequences
         )
+        self.has_sparse_edits_only = not (self.allowed or self.ngrams or self.sequences)
         self.is_plain_greedy = not (
             self.groups or self.has_edits or self.num_top or self.num_candidates or self.pending
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from slipstream.kernels.cpu.argmax import find_argmax
+from slipstream.kernels.registration import has_triton
 
 BLOCK = 64
 
@@ -46,6 +47,10 @@ def leading(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     The leaders lie in the k blocks with the largest maxima: any other block's tokens stand behind k maxima.
     """
+    if has_kernels(x_RV, k):
+        from slipstream.kernels.gpu.leaders import leaders
+
+        return leaders(x_RV, k)
     vocab_size = x_RV.shape[1]
     num_blocks = -(-vocab_size // BLOCK)
     if searched(vocab_size, k) == vocab_size:
@@ -57,6 +62,15 @@ def leading(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, ids = _first(*_expand(x_RV, blocks), k)
     # Only a row of NaN can bring up a place beyond the vocabulary; its id must still be one to gather with.
     return values, ids.clamp_(max=vocab_size - 1)
+
+
+def has_kernels(x_RV: Tensor, k: int) -> bool:
+    """Say whether kernels of a GPU find the k leaders; then a row with NaN is led by infinity."""
+    if not x_RV.is_cuda or not has_triton():
+        return False
+    from slipstream.kernels.gpu.leaders import can_lead
+
+    return can_lead(x_RV, k)
 
 
 def searched(vocab_size: int, k: int) -> int:

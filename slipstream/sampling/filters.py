@@ -82,8 +82,18 @@ def draw_top_k(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, max_k: 
     return torch.cat(drawn)
 
 
-def draw_top_p(x_NV: Tensor, uniform_N: Tensor, params: FilterParams) -> Tensor:
-    """Return one token id per row, int64 [N]; no row has a top_k. A GPU has a kernel that orders nothing."""
+def draw_top_p(
+    x_NV: Tensor,
+    uniform_N: Tensor,
+    params: FilterParams,
+    *,
+    has_min_p: bool = True,
+    max_N: Tensor | None = None,
+) -> Tensor:
+    """Return one token id per row, int64 [N]; no row has a top_k. A GPU has a kernel that orders nothing.
+
+    `max_N` is each row's largest logit where that is known already.
+    """
     if not x_NV.is_cuda or not has_triton():
         return draw_top_p_in_order(x_NV, uniform_N, params)
     from slipstream.kernels.gpu.nucleus import draw_nucleus
@@ -91,11 +101,11 @@ def draw_top_p(x_NV: Tensor, uniform_N: Tensor, params: FilterParams) -> Tensor:
     bits = scale_bits(x_NV.shape[1])
     return draw_nucleus(
         x_NV,
-        x_NV.amax(-1),
+        x_NV.amax(-1) if max_N is None else max_N,
         params.temperature_N,
         params.top_p_N,
-        _min_weight(params.min_p_N, bits),
-        uniform_N.contiguous(),
+        _min_weight(params.min_p_N, bits) if has_min_p else None,
+        uniform_N,
         bits=bits,
     )
 

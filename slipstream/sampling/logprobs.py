@@ -7,6 +7,8 @@ puts the lower id first. Shapes: L rows that ask, V vocabulary, K the longest li
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,48 @@ from slipstream.sampling.filters import slices
 from slipstream.sampling.weights import log_of_mass, log_sum_exp, scale_bits
 
 
-def pack_logprobs(raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, *, num_top: int) -> Tensor:
-    """Return float64 [L, 4 + 2K] in the layout of `PackedLogprobs`, without synchronising."""
-    parts = [_pack(raw_LV[rows], token_ids_L[rows], status_L[rows], num_top) for rows in slices(raw_LV)]
+@dataclasses.dataclass(slots=True)
+class Leaders:
+    """The leading logits [L, K] of rows and their ids, in order."""
+
+    values_LK: Tensor
+    ids_LK: Tensor
+
+    @classmethod
+    def of(cls, raw_LV: Tensor, k: int) -> Leaders:
+        return cls(*leading(raw_LV, k))
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        return self.values_LK[:, 0], self.ids_LK[:, 0]
+
+    def part(self, rows: slice) -> Leaders:
+        return Leaders(self.values_LK[rows], self.ids_LK[rows])
+
+
+def pack_logprobs(
+    raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, *, num_top: int, leaders: Leaders | None = None
+) -> Tensor:
+    """Return float64 [L, 4 + 2K] in the layout of `PackedLogprobs`, without synchronising.
+
+    `leaders` are the `num_top` leaders where they are known already.
+    """
+    if raw_LV.is_cuda and has_triton():
+        if num_top and leaders is None:
+            leaders = Leaders.of(raw_LV, num_top)
+        return _pack(raw_LV, token_ids_L, status_L, leaders)
+    parts: list[Tensor] = []
+    for rows in slices(raw_LV):
+        raw = raw_LV[rows]
+        if leaders is not None:
+            found = leaders.part(rows)
+        else:
+            found = Leaders.of(raw, num_top) if num_top else None
+        parts.append(_pack(raw, token_ids_L[rows], status_L[rows], found))
     return torch.cat(parts)
 
 
-def _norm_and_rank(raw_LV: Tensor, chosen_L: Tensor) -> tuple[Tensor, Tensor]:
+def _norm_and_rank(raw_LV: Tensor, chosen_L: Tensor, max_L: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-sum-exp, float64 [L], and the rank of logits `chosen_L`; on a GPU in one pass."""
-    max_L = raw_LV.amax(-1)
     if not raw_LV.is_cuda or not has_triton():
         return log_sum_exp(raw_LV, max_R=max_L), (raw_LV > chosen_L[:, None]).sum(-1) + 1
     from slipstream.kernels.gpu.nucleus import row_mass
@@ -34,11 +69,11 @@ def _norm_and_rank(raw_LV: Tensor, chosen_L: Tensor) -> tuple[Tensor, Tensor]:
     return log_of_mass(total_L, max_R=max_L, bits=bits), rank_L
 
 
-def _pack(raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, num_top: int) -> Tensor:
+def _pack(raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, leaders: Leaders | None) -> Tensor:
     chosen = raw_LV.gather(1, token_ids_L[:, None])
-    norm, rank = (column[:, None] for column in _norm_and_rank(raw_LV, chosen[:, 0]))
+    max_L = raw_LV.amax(-1) if leaders is None else leaders.values_LK[:, 0].contiguous()
+    norm, rank = (column[:, None] for column in _norm_and_rank(raw_LV, chosen[:, 0], max_L))
     columns = [token_ids_L[:, None], chosen - norm, rank, status_L[:, None]]
-    if num_top:
-        values, ids = leading(raw_LV, num_top)
-        columns += [ids, values - norm]
+    if leaders is not None:
+        columns += [leaders.ids_LK, leaders.values_LK - norm]
     return torch.cat([c.to(torch.float64) for c in columns], dim=1)

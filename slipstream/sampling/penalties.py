@@ -13,9 +13,12 @@ writes does not matter. Shapes: P rows with penalties, V vocabulary, S slots, W 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from slipstream.kernels.registration import has_triton
 from slipstream.sampling.state import to_device
 
 FIRST_SLOTS = 4
@@ -32,6 +35,7 @@ class PenaltyTables:
         self._max_rows = max_rows
         self._vocab_size = vocab_size
         self._device = device
+        self._has_kernels = device.type == "cuda" and has_triton()
         self._free: list[int] = []
         self._counts_SV = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self._seen_SW = torch.zeros(0, FIRST_WIDTH, dtype=torch.int64, device=device)
@@ -64,10 +68,19 @@ class PenaltyTables:
         del self._offsets[slot]
         self._free.append(slot)
 
-    def count(self, slots_P: Tensor, token_ids_P: Tensor) -> None:
-        """Add one output token to each of distinct slots."""
+    def count(self, token_ids_R: Tensor, index_P: Tensor, slots_P: Tensor) -> None:
+        """Add one output token, that of row `index_P`, to each of distinct slots."""
         self._steps += 1
         self._fit_width()
+        if not self._has_kernels:
+            self.count_by_tensors(slots_P, token_ids_R.index_select(0, index_P))
+            return
+        from slipstream.kernels.gpu.penalties import count
+
+        count(token_ids_R, index_P, slots_P, (self._counts_SV, self._seen_SW, self._length_S))
+
+    def count_by_tensors(self, slots_P: Tensor, token_ids_P: Tensor) -> None:
+        """Do what `count` does to the tables, by tensor operations: the definition."""
         ones = torch.ones_like(slots_P, dtype=torch.int32)
         self._counts_SV.view(-1).index_add_(0, slots_P * self._vocab_size + token_ids_P, ones)
         length_P = self._length_S.index_select(0, slots_P)
@@ -84,21 +97,46 @@ class PenaltyTables:
         repetition_P: Tensor,
         presence_P: Tensor,
         frequency_P: Tensor,
-    ) -> None:
-        """Change rows `index_P` of contiguous float32 logits in place; parameters are float32 [P]."""
-        seen_PW = self._seen_SW[:, : self._longest()].index_select(0, slots_P)
+    ) -> Callable[[], None]:
+        """Change rows `index_P` of contiguous float32 logits in place; parameters are float32 [P].
+
+        Returns what brings the logits back, to be called, if at all, before `count`.
+        """
+        asked = (repetition_P, presence_P, frequency_P)
+        if not self._has_kernels:
+            places, old = self.penalise_by_tensors(logits_RV, index_P, slots_P, *asked)
+            return lambda: put_back(logits_RV, places, old)
+        from slipstream.kernels.gpu.penalties import penalise, restore
+
+        counts, seen, length = self._counts_SV, self._seen_SW, self._length_S
+        longest = self.longest()
+        saved = penalise(logits_RV, index_P, slots_P, (counts, seen, length), asked, longest=longest)
+        return lambda: restore(logits_RV, index_P, slots_P, seen, length, saved)
+
+    def penalise_by_tensors(
+        self,
+        logits_RV: Tensor,
+        index_P: Tensor,
+        slots_P: Tensor,
+        repetition_P: Tensor,
+        presence_P: Tensor,
+        frequency_P: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `penalise` does, the definition; returns places (row * V + id) and what was there."""
+        seen_PW = self._seen_SW[:, : self.longest()].index_select(0, slots_P)
         count_places = seen_PW + slots_P[:, None] * self._vocab_size
         counts = self._counts_SV.view(-1).take(count_places)
         flat = logits_RV.view(-1)
         places = seen_PW + index_P[:, None] * self._vocab_size
-        x_PW = flat.take(places)
+        old_PW = flat.take(places)
         repetition = repetition_P[:, None]
-        x_PW = torch.where(x_PW > 0, x_PW / repetition, x_PW * repetition)
+        x_PW = torch.where(old_PW > 0, old_PW / repetition, old_PW * repetition)
         x_PW.sub_(counts * frequency_P[:, None]).sub_((counts > 0) * presence_P[:, None])
         flat.index_copy_(0, places.view(-1), x_PW.view(-1))
+        return places.view(-1), old_PW.view(-1)
 
-    def _longest(self) -> int:
-        """No seen list is longer, as far as the host knows."""
+    def longest(self) -> int:
+        """Return a length that no seen list exceeds, as far as the host knows."""
         return max(self._offsets.values(), default=0) + self._steps
 
     def _grow_slots(self) -> None:
@@ -114,8 +152,13 @@ class PenaltyTables:
     def _fit_width(self) -> None:
         """Double the seen lists until the longest fits; new entries repeat the first token."""
         width = self._seen_SW.shape[1]
-        while width < self._longest():
+        while width < self.longest():
             width *= 2
         extra = width - self._seen_SW.shape[1]
         if extra:
             self._seen_SW = torch.cat((self._seen_SW, self._seen_SW[:, :1].expand(-1, extra)), dim=1)
+
+
+def put_back(logits_RV: Tensor, places_E: Tensor, old_E: Tensor) -> None:
+    """Write values to places (row * V + id) of contiguous logits."""
+    logits_RV.view(-1).index_copy_(0, places_E, old_E)

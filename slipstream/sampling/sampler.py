@@ -15,6 +15,7 @@ belong to a search.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -28,15 +29,17 @@ from slipstream.sampling.base import (
     SampleOutput,
 )
 from slipstream.sampling.batch import Batch, Group, takes_the_greatest
-from slipstream.sampling.candidates import greatest
+from slipstream.sampling.candidates import greatest, has_kernels
 from slipstream.sampling.continuations import pack_continuations
 from slipstream.sampling.filters import draw_full, draw_top_k, draw_top_p
 from slipstream.sampling.greedy import draw_greatest, status_of
 from slipstream.sampling.history import TokenHistory, mask_completions, mask_repeats
-from slipstream.sampling.logprobs import pack_logprobs
-from slipstream.sampling.penalties import PenaltyTables
+from slipstream.sampling.logprobs import Leaders, pack_logprobs
+from slipstream.sampling.penalties import PenaltyTables, put_back
 from slipstream.sampling.philox import Philox
 from slipstream.sampling.state import NO_SLOT, RowTable
+
+Undo = Callable[[], None]
 
 
 class Sampler:
@@ -122,26 +125,36 @@ class Sampler:
             # Lengths stay as they are: no row here reads its own.
             return draw_greatest(logits_RV)
         logits_RV = logits_RV.contiguous()
-        raw_max, token_ids = greatest(logits_RV)
-        raw_LV = self._raw(logits_RV, batch, is_overwritten=has_edits)
+        # Sparse edits are taken back, so that nobody has to copy the vocabulary.
+        is_undone = (
+            batch.wants_all_logprobs and batch.has_sparse_edits_only and masks is None and edit is None
+        )
+        leaders = self._leaders(logits_RV, batch)
+        raw_max, token_ids = greatest(logits_RV) if leaders is None else leaders.first()
+        raw_LV = self._raw(logits_RV, batch, is_overwritten=has_edits and not is_undone)
         searched_CV = logits_RV.index_select(0, batch.searched_C) if batch.num_candidates else None
-        status = status_of(raw_max)
+        status, largest = status_of(raw_max), raw_max
         if edit is not None:
             edit(logits_RV)
+        undo: list[Undo] = []
         if has_edits:
-            self._edit(logits_RV, batch)
-            self._mask(logits_RV, batch, masks)
-            edited_max, token_ids = greatest(logits_RV)
-            status = torch.where(status != OK, status, status_of(edited_max))
+            undo = self._edit(logits_RV, batch) + self._mask(logits_RV, batch, masks)
+            largest, token_ids = greatest(logits_RV)
+            status = torch.where(status != OK, status, status_of(largest))
         continuations = _continuations(searched_CV, logits_RV, batch)
         if batch.groups:
             noise = batch.uniform(self._philox)
             for group in batch.groups:
-                drawn = _draw(logits_RV, noise[group.part], group)
-                token_ids = token_ids.index_copy(0, group.index_N, drawn)
+                drawn = _draw(logits_RV, noise[group.part], group, largest)
+                token_ids = drawn if group.is_whole_batch else token_ids.index_copy(0, group.index_N, drawn)
         token_ids = token_ids.masked_fill(status != OK, 0)
+        if is_undone:
+            for take_back in reversed(undo):
+                take_back()
         self._count(batch, token_ids)
-        return SampleOutput(token_ids, status, _packed(raw_LV, batch, token_ids, status), continuations)
+        return SampleOutput(
+            token_ids, status, _packed(raw_LV, batch, token_ids, status, leaders), continuations
+        )
 
     def is_plain_greedy(self, row: int) -> bool:
         """Say whether a row takes the largest logit and nothing else, so that others may do it for us."""
@@ -164,49 +177,72 @@ class Sampler:
             )
         return self._batch
 
+    def _leaders(self, logits_RV: Tensor, batch: Batch) -> Leaders | None:
+        """Return the leaders that every row wants, the greatest first, where a kernel finds them."""
+        num_top = max(batch.num_top.values(), default=0)
+        if not num_top or not batch.wants_all_logprobs or not has_kernels(logits_RV, num_top):
+            return None
+        # A greedy row takes the lowest id of zeros of either sign, which the leaders tell apart.
+        return Leaders.of(logits_RV, num_top) if batch.has_edits or batch.is_random else None
+
     def _raw(self, logits_RV: Tensor, batch: Batch, *, is_overwritten: bool) -> Tensor | None:
         """Return the logits of rows that want logprobs, safe from the edits to come."""
         if not batch.num_top:
             return None
-        if len(batch.num_top) == len(batch.rows) and not is_overwritten:
+        if batch.wants_all_logprobs and not is_overwritten:
             return logits_RV
         return logits_RV.index_select(0, batch.logprobs_L)
 
-    def _edit(self, logits_RV: Tensor, batch: Batch) -> None:
-        """Add biases and penalties."""
+    def _edit(self, logits_RV: Tensor, batch: Batch) -> list[Undo]:
+        """Add biases and penalties; returns what takes them back, to be called in reverse."""
+        undo: list[Undo] = []
         flat = logits_RV.view(-1)
         if batch.bias is not None:
             places = batch.bias.places_E
-            flat.index_copy_(0, places, flat.index_select(0, places) + batch.bias.values_E)
+            old = flat.index_select(0, places)
+            flat.index_copy_(0, places, old + batch.bias.values_E)
+            undo.append(functools.partial(put_back, logits_RV, places, old))
         if batch.penalised is not None:
             p = batch.penalised
-            self._tables.penalise(
-                logits_RV,
-                p.index_P,
-                p.slots_P,
-                repetition_P=p.repetition_P,
-                presence_P=p.presence_P,
-                frequency_P=p.frequency_P,
+            undo.append(
+                self._tables.penalise(
+                    logits_RV,
+                    p.index_P,
+                    p.slots_P,
+                    repetition_P=p.repetition_P,
+                    presence_P=p.presence_P,
+                    frequency_P=p.frequency_P,
+                )
             )
+        return undo
 
-    def _mask(self, logits_RV: Tensor, batch: Batch, masks: Tensor | None) -> None:
-        """Put what is not allowed at -inf; masks only remove, so their order does not matter."""
+    def _mask(self, logits_RV: Tensor, batch: Batch, masks: Tensor | None) -> list[Undo]:
+        """Put what is not allowed at -inf; masks only remove, so their order does not matter.
+
+        Returns what takes the sparse ones back, to be called in reverse.
+        """
+        undo: list[Undo] = []
         flat = logits_RV.view(-1)
         if batch.early_stops is not None:
             places, owners = batch.early_stops.places_E, batch.early_stops.values_E
             is_early = self._table.is_early(batch.rows_R).index_select(0, owners)
             old = flat.index_select(0, places)
             flat.index_copy_(0, places, old.masked_fill(is_early, -torch.inf))
+            undo.append(functools.partial(put_back, logits_RV, places, old))
         if batch.allowed is not None:
             kept = flat.index_select(0, batch.allowed.places_E)
             logits_RV.index_fill_(0, batch.allowed.index_A, -torch.inf)
             flat.index_copy_(0, batch.allowed.places_E, kept)
         if batch.bad_E is not None:
+            undo.append(
+                functools.partial(put_back, logits_RV, batch.bad_E, flat.index_select(0, batch.bad_E))
+            )
             flat.index_fill_(0, batch.bad_E, -torch.inf)
         if self._history is not None:
             self._mask_by_history(logits_RV, batch, self._history)
         if masks is not None:
             logits_RV.masked_fill_(~masks, -torch.inf)
+        return undo
 
     def _mask_by_history(self, logits_RV: Tensor, batch: Batch, history: TokenHistory) -> None:
         for rule in batch.ngrams:
@@ -220,7 +256,7 @@ class Sampler:
         self._table.advance(batch.rows_R)
         if batch.penalised is not None:
             p = batch.penalised
-            self._tables.count(p.slots_P, token_ids.index_select(0, p.index_P))
+            self._tables.count(token_ids, p.index_P, p.slots_P)
         for rule in batch.ngrams:
             for row in rule.rows:
                 self._widths[row] += 1
@@ -232,26 +268,26 @@ class Sampler:
                 self._version += 1
 
 
-def _draw(logits_RV: Tensor, uniform_N: Tensor, group: Group) -> Tensor:
+def _draw(logits_RV: Tensor, uniform_N: Tensor, group: Group, max_R: Tensor) -> Tensor:
     x_NV = logits_RV if group.is_whole_batch else logits_RV.index_select(0, group.index_N)
     if group.kind == "full":
         return draw_full(x_NV, uniform_N, group.params, has_min_p=group.has_min_p)
     if group.kind == "top_k":
         return draw_top_k(x_NV, uniform_N, group.params, max_k=group.max_k)
-    return draw_top_p(x_NV, uniform_N, group.params)
+    max_N = max_R.contiguous() if group.is_whole_batch else max_R.index_select(0, group.index_N)
+    return draw_top_p(x_NV, uniform_N, group.params, has_min_p=group.has_min_p, max_N=max_N)
 
 
-def _packed(raw_LV: Tensor | None, batch: Batch, token_ids: Tensor, status: Tensor) -> PackedLogprobs | None:
+def _packed(
+    raw_LV: Tensor | None, batch: Batch, token_ids: Tensor, status: Tensor, leaders: Leaders | None
+) -> PackedLogprobs | None:
     if raw_LV is None:
         return None
-    packed = pack_logprobs(
-        raw_LV,
-        token_ids.index_select(0, batch.logprobs_L),
-        status.index_select(0, batch.logprobs_L),
-        num_top=max(batch.num_top.values()),
-    )
-    place = {i: place for place, i in enumerate(batch.num_top)}
-    return PackedLogprobs(packed, place, batch.num_top)
+    if not batch.wants_all_logprobs:
+        token_ids, status = (column.index_select(0, batch.logprobs_L) for column in (token_ids, status))
+    num_top = max(batch.num_top.values())
+    packed = pack_logprobs(raw_LV, token_ids, status, num_top=num_top, leaders=leaders)
+    return PackedLogprobs(packed, batch.place_of_logprobs, batch.num_top)
 
 
 def _continuations(searched_CV: Tensor | None, logits_RV: Tensor, batch: Batch) -> PackedContinuations | None:

@@ -27,7 +27,7 @@ def test_equal_to_log_softmax(k):
     expected = x.double().log_softmax(-1)
     got = output(x, ids, [k] * 4)
     for i, token in enumerate(ids):
-        entry = got.logprobs_of(i)
+        entry = got.logprobs_by_row().get(i)
         assert entry.token_id == token
         # float32 exp in the normaliser: 1e-6 absolute (test_weights).
         assert entry.logprob == pytest.approx(expected[i, token].item(), abs=1e-6)
@@ -39,25 +39,25 @@ def test_equal_to_log_softmax(k):
 
 def test_each_row_gets_the_number_it_asked_for():
     got = output(raw(), [1, 2, 3, 4], [0, 3, 1, 2])
-    assert [len(got.logprobs_of(i).top) for i in range(4)] == [0, 3, 1, 2]
+    assert [len(got.logprobs_by_row().get(i).top) for i in range(4)] == [0, 3, 1, 2]
 
 
 def test_ties_share_a_rank_and_lead_by_id():
     x = torch.zeros(1, VOCAB)
-    entry = output(x, [500], [3]).logprobs_of(0)
+    entry = output(x, [500], [3]).logprobs_by_row().get(0)
     assert entry.rank == 1 and [t for t, _ in entry.top] == [0, 1, 2]
 
 
 def test_masked_tokens_are_minus_infinity():
     x = raw(1)
     x[0, 9] = -torch.inf
-    assert output(x, [9], [0]).logprobs_of(0).logprob == -torch.inf
+    assert output(x, [9], [0]).logprobs_by_row().get(0).logprob == -torch.inf
 
 
 def test_who_did_not_ask_or_failed_gets_none():
     x = raw(2)
     x[1] = torch.nan
     got = output(x, [4, 0], [2, 2], status=[0, 1])
-    assert got.logprobs_of(0) is not None and got.logprobs_of(1) is None
-    assert got.logprobs_of(7) is None
-    assert SampleOutput(torch.tensor([1]), torch.zeros(1, dtype=torch.int8)).logprobs_of(0) is None
+    assert got.logprobs_by_row().get(0) is not None and got.logprobs_by_row().get(1) is None
+    assert got.logprobs_by_row().get(7) is None
+    assert SampleOutput(torch.tensor([1]), torch.zeros(1, dtype=torch.int8)).logprobs_by_row().get(0) is None

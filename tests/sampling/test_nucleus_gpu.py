@@ -44,8 +44,10 @@ def params() -> tuple[FilterParams, torch.Tensor]:
     min_p = torch.where(top_p > 0.5, torch.rand(ROWS, generator=generator, dtype=torch.float64) * 0.2, 0.0)
     uniform = torch.rand(ROWS, generator=generator, dtype=torch.float64)
     uniform[::9] = 0.0
-    columns = (temperature, top_p, min_p, torch.zeros(ROWS, dtype=torch.int64))
-    return FilterParams(*(column.cuda() for column in columns)), uniform.cuda()
+    # Columns of wider tensors, as a batch has them.
+    top_p, min_p, uniform = torch.stack((top_p, min_p, uniform), dim=1).cuda().unbind(1)
+    top_k = torch.zeros(ROWS, dtype=torch.int64, device="cuda")
+    return FilterParams(temperature.cuda(), top_p, min_p, top_k), uniform
 
 
 @pytest.mark.parametrize("vocab", [17, 1024, 50_257, 128_256])
@@ -54,6 +56,10 @@ def test_tokens_are_those_of_the_order(kind: str, vocab: int) -> None:
     x, (given, uniform) = logits(kind, vocab), params()
     expected = draw_top_p_in_order(x.clone(), uniform, given)
     assert torch.equal(draw_top_p(x, uniform, given), expected)
+    largest = x.amax(-1)
+    given.min_p_N.zero_()
+    expected = draw_top_p_in_order(x.clone(), uniform, given)
+    assert torch.equal(draw_top_p(x, uniform, given, has_min_p=False, max_N=largest), expected)
 
 
 def test_a_bad_row_does_no_harm() -> None:

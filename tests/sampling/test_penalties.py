@@ -32,6 +32,10 @@ def penalised(table, x, slots, repetition=1.0, presence=0.0, frequency=0.0, inde
     return x
 
 
+def count(table, slot, token):
+    table.count(torch.tensor([token]), torch.tensor([0]), torch.tensor([slot]))
+
+
 def by_formula(x, outputs, presence, frequency):
     counts = torch.bincount(torch.tensor(outputs, dtype=torch.int64), minlength=VOCAB)
     return x - counts * frequency - (counts > 0) * presence
@@ -61,7 +65,7 @@ def test_tokens_counted_one_by_one_equal_tokens_at_admission():
     whole = table.claim(prompt + outputs, 3)
     stepwise = table.claim(prompt, 3)
     for token in outputs:
-        table.count(torch.tensor([stepwise]), torch.tensor([token]))
+        count(table, stepwise, token)
     ask = {"repetition": 1.4, "presence": 0.5, "frequency": 0.2}
     assert torch.equal(penalised(table, x, [whole], **ask), penalised(table, x, [stepwise], **ask))
 
@@ -78,7 +82,7 @@ def test_rows_keep_apart_and_others_stay_untouched():
 def test_a_released_slot_forgets():
     table, x = tables(max_rows=1), logits()
     slot = table.claim([1, 2, 3], 1)
-    table.count(torch.tensor([slot]), torch.tensor([4]))
+    count(table, slot, 4)
     table.release(slot)
     again = table.claim([9, 4], 2)
     assert again == slot
@@ -103,7 +107,7 @@ def test_lists_grow_past_their_first_width():
     outputs = [int(t) for t in torch.randint(0, VOCAB, (FIRST_WIDTH + 50,), generator=torch.Generator())]
     slot = table.claim([5], 1)
     for token in outputs:
-        table.count(torch.tensor([slot]), torch.tensor([token]))
+        count(table, slot, token)
     got = penalised(table, x, [slot], presence=0.5, frequency=0.125)
     torch.testing.assert_close(got, by_formula(x, outputs, 0.5, 0.125), rtol=0, atol=4e-6)
 
@@ -113,6 +117,6 @@ def test_a_long_life_of_short_requests_does_not_widen_the_lists():
     for _ in range(20):
         slot = table.claim([1, 2, 3], 3)
         for token in range(50):
-            table.count(torch.tensor([slot]), torch.tensor([token]))
+            count(table, slot, token)
         table.release(slot)
     assert table._seen_SW.shape[1] == FIRST_WIDTH

@@ -142,11 +142,13 @@ def test_a_row_does_not_depend_on_its_batch(vocab):
         a = together.sample(x.clone(), list(range(32)))
         b = shuffled.sample(x[order], order)
         assert [a.tokens()[i] for i in order] == b.tokens()
-        assert [a.logprobs_of(i) for i in order] == [b.logprobs_of(place) for place in range(32)]
+        assert [a.logprobs_by_row().get(i) for i in order] == [
+            b.logprobs_by_row().get(place) for place in range(32)
+        ]
         for row, single in enumerate(alone):
             c = single.sample(x[row : row + 1].clone(), [row])
             assert c.tokens() == [a.tokens()[row]]
-            assert c.logprobs_of(0) == a.logprobs_of(row)
+            assert c.logprobs_by_row().get(0) == a.logprobs_by_row().get(row)
         seen.update(a.tokens())
     assert len(seen) > 40, "the rows drew too few different tokens to prove anything"
 
@@ -294,10 +296,10 @@ def test_logprobs_are_raw_whatever_the_row_does_to_its_logits():
     output = make(vocab, [plain, edited]).sample(x, [0, 1])
     assert output.tokens()[1] == 7
     for i in range(2):
-        entry = output.logprobs_of(i)
+        entry = output.logprobs_by_row().get(i)
         # float32 exp in the normaliser.
         assert entry.logprob == pytest.approx(expected[entry.token_id].item(), abs=1e-6)
-    assert output.logprobs_of(0).top == output.logprobs_of(1).top
+    assert output.logprobs_by_row().get(0).top == output.logprobs_by_row().get(1).top
 
 
 @pytest.mark.parametrize("poison", ["nan", "inf", "all masked", "one nan"])
@@ -319,10 +321,12 @@ def test_a_failing_row_leaves_its_neighbours_alone(poison):
             a, b = healthy.sample(x, rows), failing.sample(y, rows)
             expected_status = ALL_MASKED if poison == "all masked" else BAD_LOGITS
             assert b.statuses() == [expected_status if i == victim else OK for i in rows]
-            assert b.tokens()[victim] == 0 and b.logprobs_of(victim) is None
+            assert b.tokens()[victim] == 0 and b.logprobs_by_row().get(victim) is None
             others = [i for i in rows if i != victim]
             assert [a.tokens()[i] for i in others] == [b.tokens()[i] for i in others]
-            assert [a.logprobs_of(i) for i in others] == [b.logprobs_of(i) for i in others]
+            assert [a.logprobs_by_row().get(i) for i in others] == [
+                b.logprobs_by_row().get(i) for i in others
+            ]
 
 
 def test_masks_allow_what_they_say():
@@ -396,35 +400,84 @@ def test_mixed_covers_every_field_of_a_row():
         assert any(getattr(s, field.name) != field.default for s in MIXED), field.name
 
 
+# Two devices' exponentials differ in the last bit, which moves a boundary between tokens by 1e-7 of the mass:
+# seeds for which every draw is farther than NUDGE from every boundary, so that both devices draw the same.
+NUDGE = 2e-6
+P25 = [RowSampling(temperature=0.8, top_p=0.95, repetition_penalty=1.1, logprobs=5)] * 9
+CLEAR = {"mixed": (MIXED, 1100), "all sampled with logprobs": (P25, 1000)}
+
+
+def inputs_of(sampled, vocab=32_003, steps=6):
+    return [logits(len(sampled), vocab, seed=step) for step in range(steps)]
+
+
+def nudged(sampled, seed, sign):
+    """Run rows whose noise, top-p and min-p are off by NUDGE; returns the tokens of each step."""
+    moved = [
+        msgspec.structs.replace(
+            s,
+            top_p=min(1.0, s.top_p * (1 + sign * NUDGE)) if s.top_p < 1 else 1.0,
+            min_p=s.min_p * (1 + sign * NUDGE),
+        )
+        for s in sampled
+    ]
+    inputs = inputs_of(sampled)
+    sampler = make(inputs[0].shape[1], moved, seeds=[seed + row for row in range(len(sampled))])
+    real = Batch.uniform
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batch, "uniform", lambda *a: (real(*a) + sign * NUDGE).clamp(0, 1 - 2**-53))
+        return [sampler.sample(x, list(range(len(sampled)))).tokens() for x in inputs]
+
+
+@pytest.mark.parametrize("kind", CLEAR)
+def test_draws_to_compare_devices_by_are_clear(kind):
+    exact = nudged(*CLEAR[kind], 0)
+    assert nudged(*CLEAR[kind], 1) == exact and nudged(*CLEAR[kind], -1) == exact
+
+
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_device():
-    vocab, rows = 32_003, list(range(len(MIXED)))
+@pytest.mark.parametrize("kind", CLEAR)
+def test_a_step_never_waits_for_the_device(kind):
+    sampled, seed = CLEAR[kind]
+    rows, inputs = list(range(len(sampled))), inputs_of(sampled)
+    vocab = inputs[0].shape[1]
     on_gpu = Recorded(max_rows=32, vocab_size=vocab, device="cuda")
-    on_cpu = make(vocab, MIXED, max_rows=32)
-    inputs = [logits(len(MIXED), vocab, seed=step) for step in range(6)]
+    on_cpu = make(vocab, sampled, max_rows=32, seeds=[seed + row for row in rows])
     on_device = [x.cuda() for x in inputs]
     torch.cuda.synchronize()
     outputs = []
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for row, sampling in enumerate(MIXED):
-            on_gpu.add(row, sampling, PROMPT, len(PROMPT), 1000 + row, 0)
+        for row, sampling in enumerate(sampled):
+            on_gpu.add(row, sampling, PROMPT, len(PROMPT), seed + row, 0)
         for x in on_device:
             outputs.append(on_gpu.sample(x, rows))
             outputs[-1].start_copy()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    # The two devices' exp differ in the last bit, which moves a boundary between tokens by 1e-7 of the mass.
-    assert [o.tokens() for o in outputs] == [on_cpu.sample(x, rows).tokens() for x in inputs]
+    for given, x in zip(outputs, inputs, strict=True):
+        expected = on_cpu.sample(x, rows)
+        assert given.tokens() == expected.tokens()
+        assert given.statuses() == expected.statuses()
+        found, wanted = given.logprobs_by_row(), expected.logprobs_by_row()
+        assert found.keys() == wanted.keys() and found
+        for row, one in found.items():
+            other = wanted[row]
+            assert (one.token_id, one.rank) == (other.token_id, other.rank)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+            # The normaliser is a sum of float32 exponentials.
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-6)
+            assert [v for _, v in one.top] == pytest.approx([v for _, v in other.top], abs=1e-6)
 
 
 def test_outputs_can_be_copied_ahead():
     sampler = make(100, [RowSampling(logprobs=1)])
     output = sampler.sample(logits(1, 100), [0])
     output.start_copy()
+    copy = output._copy
     output.start_copy()
-    assert len(output._copies) == 3
-    assert output.logprobs_of(0).token_id == output.tokens()[0]
+    assert output._copy is copy, "one copy, of everything"
+    assert output.logprobs_by_row().get(0).token_id == output.tokens()[0]
 
 
 def test_greedy_on_the_host_and_by_tensors_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,15 @@
 
 Tokens stand in the order of (logit descending, id ascending), each with an integer mass. Both where the
 nucleus ends and which token is drawn are questions of one kind: at which logit does the mass of all greater
-ones pass a bound? A program answers them for a row by narrowing an interval of logits, eight parts at a time,
-in a few passes over the row. Equal logits have equal masses, so among them a division finds the place.
+ones pass a bound? A program answers both for its row in three to four passes: passes in float32 say between
+which logits the answers lie, at eight borders at once, until few tokens are left there; a pass over the exact
+integers sums what stands above and lists those few with their ids; among them the answers are found exactly.
+Equal logits have equal masses, so among them a division finds the place.
 Invariant: the token that ordering, cumulative sums and searches of `sampling/filters.py` find, bit by bit:
-masses are floor(2^bits exp((x - max) / T)), by the exponential and the division that torch uses.
-N rows, V vocabulary.
+masses are floor(2^bits exp((x - max) / T)), by the exponential and the division that torch uses. Estimates
+only choose where to look: an answer from the list is checked against exact sums, and where it is not certain
+(a nucleus that leaves out less than float32 can tell, or more equal tokens than a list holds) the whole row
+is searched. N rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,20 +22,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-# Tokens at once, and warps: 2.1 ms for 256 rows of 128,256 on an H100, where sorting took 10.
+# Lines of tokens at once, their width, and warps: two programs share a multiprocessor.
+LINES, WIDTH = 4, 1024
+WARPS = 8
+MAX_REGISTERS = 128
+# Tokens at once among those of a list; and how many a list holds.
 BLOCK = 1024
-WARPS = 16
+CAPACITY = 8192
+# Passes of estimates at most; each leaves about a twentieth of what was left.
+MAX_ESTIMATES = 4
+# What estimated masses may be off by, as a share of the total: sums of 2^17 float32 terms by 2^10 lanes.
+SLACK = 2e-5
 
 
 @triton.jit
-def _key(x):
+def ordered_key(x):
     """Return int32 in the order of float32 values; -0.0 stands behind 0.0."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _value(key):
+def value_of_key(key):
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -55,20 +67,21 @@ def _border(low, high, part, by_value):
     """Return the key after `part` eighths of an interval; the highest is never one."""
     # In 64 bits, for the span of keys may not fit 32.
     by_key = (low + (high.to(tl.int64) - low.to(tl.int64)) * part // 8).to(tl.int32)
-    first = _value(low)
-    border = tl.where(by_value, _key(first + (_value(high) - first) * (part / 8)), by_key)
+    first = value_of_key(low)
+    border = tl.where(by_value, ordered_key(first + (value_of_key(high) - first) * (part / 8)), by_key)
     return tl.maximum(tl.minimum(border, high - 1), low)
 
 
 @triton.jit
 def _find(
-    x_ptr, vocab, largest, temperature, scale, low, high, bound, target, IS_BOUND: tl.constexpr,
+    x_ptr, size, largest, temperature, scale, low, high, above, bound, target, IS_BOUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the smallest key whose greater ones have a mass that is below, that mass, and its count."""
+    """Return the smallest key whose greater ones have a mass that is below, that mass, and its count.
+
+    `above` is the mass of keys above `high`, which is below. The count is 0 where no key is within.
+    """
     v = tl.arange(0, BLOCK)
-    # The mass of keys above `high`.
-    above = tl.full((), 0, tl.int64)
     count = tl.full((), 0, tl.int32)
     is_open, is_even = True, True
     while is_open:
@@ -83,10 +96,10 @@ def _find(
         counts = tl.zeros((BLOCK,), tl.int32)
         least = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
         most = tl.full((BLOCK,), -0x80000000, tl.int32)
-        for at in range(0, vocab, BLOCK):
-            x = tl.load(x_ptr + at + v, mask=at + v < vocab, other=float("-inf"))
-            key = _key(x)
-            inside = (key >= low) & (key <= high) & (at + v < vocab)
+        for at in range(0, size, BLOCK):
+            x = tl.load(x_ptr + at + v, mask=at + v < size, other=float("-inf"))
+            key = ordered_key(x)
+            inside = (key >= low) & (key <= high) & (at + v < size)
             mass = tl.where(inside, _mass(x, largest, temperature, scale), 0)
             s1 += tl.where(key > b1, mass, 0)
             s2 += tl.where(key > b2, mass, 0)
@@ -104,7 +117,7 @@ def _find(
         m1, m2, m3 = base + tl.sum(s1, 0), base + tl.sum(s2, 0), base + tl.sum(s3, 0)
         m4, m5, m6 = base + tl.sum(s4, 0), base + tl.sum(s5, 0), base + tl.sum(s6, 0)
         m7 = base + tl.sum(s7, 0)
-        if lowest == highest:
+        if lowest >= highest:
             count = tl.sum(counts, 0)
             is_open = False
         elif _is_below(m1, bound, target, IS_BOUND):
@@ -128,36 +141,217 @@ def _find(
 
 
 @triton.jit
+def _answer(
+    x_ptr, vocab, list_ptr, num_listed, largest, temperature, scale, lowest, highest, low, high, above,
+    bound, target, IS_BOUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return what `_find` does for the row, and whether it was found among the listed tokens.
+
+    The list holds every token between the keys `low` and `high`, with the mass `above` of those beyond; it
+    counts as empty with `num_listed` -1. All that has a mass lies between `lowest` and `highest`.
+    """
+    is_listed = (num_listed > 0) & _is_below(above, bound, target, IS_BOUND)
+    is_open = True
+    found, before, count = low, above, tl.full((), 0, tl.int32)
+    while is_open:
+        source, size, first, last, base = x_ptr, vocab, lowest, highest, above - above
+        if is_listed:
+            source, size, first, last, base = list_ptr, num_listed, low, high, above
+        found, before, count = _find(
+            source, size, largest, temperature, scale, first, last, base, bound, target, IS_BOUND, BLOCK
+        )
+        # The next smaller logit, wherever it is, must not be an answer too.
+        through = before + count.to(tl.int64) * _mass(value_of_key(found), largest, temperature, scale)
+        is_certain = (count > 0) & (_is_below(through, bound, target, IS_BOUND) == 0)
+        is_open = is_listed & (is_certain == 0)
+        is_listed = is_listed & is_certain
+    return found, before, count, is_listed
+
+
+@triton.jit
+def _tighten(low, low_mass, high, high_mass, border, mass, target, slack):
+    """Return an interval of logits, and the masses above its ends, in the light of one border."""
+    is_low = (mass > target + slack) & (border > low)
+    is_high = (mass < target - slack) & (border < high)
+    low, low_mass = tl.where(is_low, border, low), tl.where(is_low, mass, low_mass)
+    high, high_mass = tl.where(is_high, border, high), tl.where(is_high, mass, high_mass)
+    return low, low_mass, high, high_mass
+
+
+@triton.jit
+def _tighten_all(
+    low, low_mass, high, high_mass, target, slack,
+    b0, b1, b2, b3, b4, b5, b6, b7, m0, m1, m2, m3, m4, m5, m6, m7,
+):  # fmt: skip
+    low, low_mass, high, high_mass = _tighten(low, low_mass, high, high_mass, b0, m0, target, slack)
+    low, low_mass, high, high_mass = _tighten(low, low_mass, high, high_mass, b1, m1, target, slack)
+    low, low_mass, high, high_mass = _tighten(low, low_mass, high, high_mass, b2, m2, target, slack)
+    low, low_mass, high, high_mass = _tighten(low, low_mass, high, high_mass, b3, m3, target, slack)
+    low, low_mass, high, high_mass = _tighten(low, low_mass, high, high_mass, b4, m4, target, slack)
+    low, low_mass, high, high_mass = _tighten(low, low_mass, high, high_mass, b5, m5, target, slack)
+    low, low_mass, high, high_mass = _tighten(low, low_mass, high, high_mass, b6, m6, target, slack)
+    low, low_mass, high, high_mass = _tighten(low, low_mass, high, high_mass, b7, m7, target, slack)
+    return low, low_mass, high, high_mass
+
+
+@triton.jit
+def _guess(low, low_mass, high, high_mass, target):
+    """Return four borders about where mass that is spread evenly over an interval reaches a target."""
+    share = (target - high_mass) / tl.maximum(low_mass - high_mass, 1e-30)
+    share = tl.minimum(tl.maximum(share, 0.03), 0.97)
+    span = high - low
+    wide, near = tl.minimum(0.15, 0.7 * share), 0.025
+    far = tl.minimum(0.15, 0.7 * (1 - share))
+    return (
+        high - span * (share - wide),
+        high - span * (share - near),
+        high - span * (share + near),
+        high - span * (share + far),
+    )
+
+
+@triton.jit
+def _estimate(x_ptr, vocab, largest, temperature, top_p, uniform, slack_share,
+              CAPACITY: tl.constexpr, MAX_ESTIMATES: tl.constexpr,
+              LINES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Return between which logits the nucleus ends and the drawn token lies, as far as float32 can tell."""
+    v = tl.arange(0, LINES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    factor = 1.4426950408889634 / temperature
+    bottom = largest - 32 * temperature
+    low, high, drawn_low, drawn_high = bottom, largest, bottom, largest
+    zero = largest - largest
+    low_mass, high_mass, drawn_low_mass, drawn_high_mass = zero, zero, zero, zero
+    # A mass falls by e with each temperature; most of it lies within fourteen.
+    b0, b1 = largest - 0.7 * temperature, largest - 1.6 * temperature
+    b2, b3 = largest - 2.8 * temperature, largest - 4.2 * temperature
+    b4, b5 = largest - 5.8 * temperature, largest - 7.6 * temperature
+    b6, b7 = largest - 10 * temperature, largest - 14 * temperature
+    num_passes = 0
+    is_open = True
+    while is_open:
+        nothing = tl.zeros((WIDTH,), tl.float32)
+        s0, s1, s2, s3, s4, s5, s6, s7 = (
+            nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing,
+        )  # fmt: skip
+        totals = nothing
+        for at in range(0, vocab, LINES * WIDTH):
+            x = tl.load(x_ptr + at + v, mask=at + v < vocab, other=float("-inf"))
+            mass = tl.exp2((x - largest) * factor)
+            totals += tl.sum(mass, 0)
+            s0 += tl.sum(tl.where(x > b0, mass, 0.0), 0)
+            s1 += tl.sum(tl.where(x > b1, mass, 0.0), 0)
+            s2 += tl.sum(tl.where(x > b2, mass, 0.0), 0)
+            s3 += tl.sum(tl.where(x > b3, mass, 0.0), 0)
+            s4 += tl.sum(tl.where(x > b4, mass, 0.0), 0)
+            s5 += tl.sum(tl.where(x > b5, mass, 0.0), 0)
+            s6 += tl.sum(tl.where(x > b6, mass, 0.0), 0)
+            s7 += tl.sum(tl.where(x > b7, mass, 0.0), 0)
+        total = tl.sum(totals, 0)
+        m0, m1, m2, m3 = tl.sum(s0, 0), tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0)
+        m4, m5, m6, m7 = tl.sum(s4, 0), tl.sum(s5, 0), tl.sum(s6, 0), tl.sum(s7, 0)
+        if num_passes == 0:
+            low_mass, drawn_low_mass = total, total
+        bound, slack = top_p * total, slack_share * total
+        target = uniform * bound
+        low, low_mass, high, high_mass = _tighten_all(
+            low, low_mass, high, high_mass, bound, slack,
+            b0, b1, b2, b3, b4, b5, b6, b7, m0, m1, m2, m3, m4, m5, m6, m7,
+        )  # fmt: skip
+        drawn_low, drawn_low_mass, drawn_high, drawn_high_mass = _tighten_all(
+            drawn_low, drawn_low_mass, drawn_high, drawn_high_mass, target, slack,
+            b0, b1, b2, b3, b4, b5, b6, b7, m0, m1, m2, m3, m4, m5, m6, m7,
+        )  # fmt: skip
+        # Every token between has at least the mass of the lower end.
+        listed = (low_mass - high_mass) / tl.exp2((low - largest) * factor)
+        listed += (drawn_low_mass - drawn_high_mass) / tl.exp2((drawn_low - largest) * factor)
+        num_passes += 1
+        is_open = (listed > 0.9 * CAPACITY) & (num_passes < MAX_ESTIMATES)
+        b0, b1, b2, b3 = _guess(low, low_mass, high, high_mass, bound)
+        b4, b5, b6, b7 = _guess(drawn_low, drawn_low_mass, drawn_high, drawn_high_mass, target)
+    return low, high, drawn_low, drawn_high
+
+
+@triton.jit
+def _list_likely(
+    x_ptr, vocab, largest, temperature, scale, low, high, drawn_low, drawn_high, min_mass, listed_ptr,
+    ids_ptr, HAS_MIN: tl.constexpr, CAPACITY: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """List the tokens within two intervals of keys, in the order of ids.
+
+    Returns the mass of all tokens, of those above each interval, of those that min-p allows, and how many
+    tokens are listed; -1 of more than a list holds.
+    """
+    zero = tl.zeros((WIDTH,), tl.int64)
+    totals, aboves, drawn_aboves, larger_ones = zero, zero, zero, zero
+    v = tl.arange(0, 2 * WIDTH)
+    num_listed = tl.full((), 0, tl.int32)
+    for at in range(0, vocab, 2 * WIDTH):
+        is_token = at + v < vocab
+        x = tl.load(x_ptr + at + v, mask=is_token, other=float("-inf"))
+        key = ordered_key(x)
+        mass = _mass(x, largest, temperature, scale)
+        totals += tl.sum(tl.reshape(mass, (2, WIDTH)), 0)
+        aboves += tl.sum(tl.reshape(tl.where(key > high, mass, 0), (2, WIDTH)), 0)
+        drawn_aboves += tl.sum(tl.reshape(tl.where(key > drawn_high, mass, 0), (2, WIDTH)), 0)
+        if HAS_MIN:
+            larger_ones += tl.sum(tl.reshape(tl.where(mass >= min_mass, mass, 0), (2, WIDTH)), 0)
+        is_listed = ((key >= low) & (key <= high)) | ((key >= drawn_low) & (key <= drawn_high))
+        is_listed = is_listed & is_token
+        place = num_listed + tl.cumsum(is_listed.to(tl.int32), 0) - 1
+        fits = is_listed & (place < CAPACITY)
+        tl.store(listed_ptr + place, x, mask=fits)
+        tl.store(ids_ptr + place, (at + v).to(tl.int32), mask=fits)
+        num_listed += tl.sum(is_listed.to(tl.int32), 0)
+    num_listed = tl.where(num_listed > CAPACITY, -1, num_listed)
+    return (
+        tl.sum(totals, 0), tl.sum(aboves, 0), tl.sum(drawn_aboves, 0), tl.sum(larger_ones, 0), num_listed,
+    )  # fmt: skip
+
+
+@triton.jit
 def _draw_nucleus(
-    x_ptr, max_ptr, temperature_ptr, top_p_ptr, min_mass_ptr, uniform_ptr, out_ptr, row_stride, vocab, scale,
-    BITS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, max_ptr, temperature_ptr, top_p_ptr, min_mass_ptr, uniform_ptr, listed_ptr, ids_ptr, out_ptr,
+    row_stride, top_p_stride, uniform_stride, vocab, scale, slack_share,
+    BITS: tl.constexpr, HAS_MIN: tl.constexpr, CAPACITY: tl.constexpr, MAX_ESTIMATES: tl.constexpr,
+    LINES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * row_stride
-    largest, temperature = tl.load(max_ptr + row), tl.load(temperature_ptr + row)
-    min_mass = tl.load(min_mass_ptr + row)
-    v = tl.arange(0, BLOCK)
-    totals, larger_ones = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
-    least = tl.full((BLOCK,), float("inf"), tl.float32)
-    for at in range(0, vocab, BLOCK):
-        x = tl.load(x_ptr + at + v, mask=at + v < vocab, other=float("-inf"))
-        mass = _mass(x, largest, temperature, scale)
-        totals += mass
-        larger_ones += tl.where(mass >= min_mass, mass, 0)
-        least = tl.minimum(least, tl.where(at + v < vocab, x, float("inf")))
-    total = tl.sum(totals, 0)
+    listed_ptr += row * CAPACITY
+    ids_ptr += row * CAPACITY
+    # Where zeros of both signs lead, 0.0 stands first.
+    largest, temperature = tl.load(max_ptr + row) + 0.0, tl.load(temperature_ptr + row)
+    top_p, uniform = tl.load(top_p_ptr + row * top_p_stride), tl.load(uniform_ptr + row * uniform_stride)
     # A row of NaN or without a finite maximum is the caller's to refuse.
     token = tl.full((), 0, tl.int64)
-    if (total > 0) & (largest < float("inf")) & (largest > float("-inf")):
-        bound = tl.load(top_p_ptr + row) * total.to(tl.float64)
+    if (largest < float("inf")) & (largest > float("-inf")):
+        low, high, drawn_low, drawn_high = _estimate(
+            x_ptr, vocab, largest, temperature, top_p.to(tl.float32), uniform.to(tl.float32), slack_share,
+            CAPACITY, MAX_ESTIMATES, LINES, WIDTH,
+        )  # fmt: skip
         # Below this nothing has a mass.
-        high = _key(largest)
-        low = tl.maximum(_key(largest - temperature * BITS), _key(tl.min(least, 0)))
-        low = tl.minimum(low, high)
-        end, before, count = _find(
-            x_ptr, vocab, largest, temperature, scale, low, high, bound, total, True, BLOCK
+        bottom, top = ordered_key(largest - temperature * BITS), ordered_key(largest)
+        low, high, drawn_low, drawn_high = (
+            ordered_key(low),
+            ordered_key(high),
+            ordered_key(drawn_low),
+            ordered_key(drawn_high),
         )
-        own = _mass(_value(end), largest, temperature, scale)
+        min_mass = tl.full((), 0, tl.int64)
+        if HAS_MIN:
+            min_mass = tl.load(min_mass_ptr + row)
+        total, above, drawn_above, larger, num_listed = _list_likely(
+            x_ptr, vocab, largest, temperature, scale, low, high, drawn_low, drawn_high, min_mass, listed_ptr,
+            ids_ptr, HAS_MIN, CAPACITY, WIDTH,
+        )  # fmt: skip
+        # What one thread has listed, another reads.
+        tl.debug_barrier()
+        bound = top_p * total.to(tl.float64)
+        end, before, count, _ = _answer(
+            x_ptr, vocab, listed_ptr, num_listed, largest, temperature, scale, bottom, top, low, high,
+            above, bound, total, True, BLOCK,
+        )  # fmt: skip
+        own = _mass(value_of_key(end), largest, temperature, scale)
         # How many of the tokens at the end are inside: the first always, others while the bound holds.
         inside, outside = tl.full((), 1, tl.int32), count + 1
         while outside - inside > 1:
@@ -167,44 +361,57 @@ def _draw_nucleus(
             else:
                 outside = middle
         kept = before + inside.to(tl.int64) * own
-        if own < min_mass:
-            kept = tl.minimum(before, tl.sum(larger_ones, 0))
-        target = (tl.load(uniform_ptr + row) * kept.to(tl.float64)).to(tl.int64)
+        if HAS_MIN:
+            kept = tl.where(own < min_mass, tl.minimum(before, larger), kept)
+        target = (uniform * kept.to(tl.float64)).to(tl.int64)
         target = tl.minimum(target, kept - 1)
-        drawn, before, count = _find(
-            x_ptr, vocab, largest, temperature, scale, end, high, bound, target, False, BLOCK
-        )
-        own = tl.maximum(_mass(_value(drawn), largest, temperature, scale), 1)
-        place = ((target - before) // own).to(tl.int32)
-        # The token with that many equals of a lower id.
-        seen = tl.full((), 0, tl.int32)
-        at = 0
-        while (at < vocab) & (seen <= place):
-            x = tl.load(x_ptr + at + v, mask=at + v < vocab, other=float("-inf"))
-            is_equal = ((_key(x) == drawn) & (at + v < vocab)).to(tl.int32)
-            number = tl.sum(is_equal, 0)
-            if seen + number > place:
-                rank = seen + tl.cumsum(is_equal, 0) - 1
-                found = (is_equal > 0) & (rank == place)
-                token = at + tl.max(tl.where(found, v, 0), 0).to(tl.int64)
-            seen += number
-            at += BLOCK
+        drawn, before, count, is_drawn_listed = _answer(
+            x_ptr, vocab, listed_ptr, num_listed, largest, temperature, scale, end, top, drawn_low,
+            drawn_high, drawn_above, bound, target, False, BLOCK,
+        )  # fmt: skip
+        own = tl.maximum(_mass(value_of_key(drawn), largest, temperature, scale), 1)
+        rank = ((target - before) // own).to(tl.int32)
+        source, size = x_ptr, vocab
+        if is_drawn_listed:
+            source, size = listed_ptr, num_listed
+        place = _place_of(source, size, drawn, rank, BLOCK)
+        token = place.to(tl.int64)
+        if is_drawn_listed:
+            token = tl.load(ids_ptr + place).to(tl.int64)
     tl.store(out_ptr + row, token)
 
 
 @triton.jit
+def _place_of(x_ptr, size, key, rank, BLOCK: tl.constexpr):
+    """Return where, in the order of ids, the logit of a key stands with `rank` equal ones before it."""
+    v = tl.arange(0, BLOCK)
+    seen, place, at = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
+    while (at < size) & (seen <= rank):
+        x = tl.load(x_ptr + at + v, mask=at + v < size, other=float("-inf"))
+        is_equal = ((ordered_key(x) == key) & (at + v < size)).to(tl.int32)
+        number = tl.sum(is_equal, 0)
+        if seen + number > rank:
+            found = (is_equal > 0) & (seen + tl.cumsum(is_equal, 0) - 1 == rank)
+            place = at + tl.max(tl.where(found, v, 0), 0)
+        seen += number
+        at += BLOCK
+    return place
+
+
+@triton.jit
 def _row_mass(
-    x_ptr, max_ptr, chosen_ptr, total_ptr, rank_ptr, row_stride, vocab, scale, BLOCK: tl.constexpr
+    x_ptr, max_ptr, chosen_ptr, total_ptr, rank_ptr, row_stride, vocab, scale,
+    LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * row_stride
     largest, chosen = tl.load(max_ptr + row), tl.load(chosen_ptr + row)
-    v = tl.arange(0, BLOCK)
-    totals, greater = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int32)
-    for at in range(0, vocab, BLOCK):
+    v = tl.arange(0, LINES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    totals, greater = tl.zeros((WIDTH,), tl.int64), tl.zeros((WIDTH,), tl.int32)
+    for at in range(0, vocab, LINES * WIDTH):
         x = tl.load(x_ptr + at + v, mask=at + v < vocab, other=float("-inf"))
-        totals += (libdevice.exp(x - largest) * scale).to(tl.int64)
-        greater += (x > chosen).to(tl.int32)
+        totals += tl.sum((libdevice.exp(x - largest) * scale).to(tl.int64), 0)
+        greater += tl.sum((x > chosen).to(tl.int32), 0)
     tl.store(total_ptr + row, tl.sum(totals, 0))
     tl.store(rank_ptr + row, (tl.sum(greater, 0) + 1).to(tl.int64))
 
@@ -214,21 +421,27 @@ def draw_nucleus(
     max_N: Tensor,
     temperature_N: Tensor,
     top_p_N: Tensor,
-    min_mass_N: Tensor,
+    min_mass_N: Tensor | None,
     uniform_N: Tensor,
     *,
     bits: int,
+    capacity: int = CAPACITY,
 ) -> Tensor:
     """Return one token id per row, int64 [N], of float32 logits with adjacent elements. Only enqueues.
 
-    `max_N` is each row's largest logit; temperature is float32, top-p and the noise float64, the least mass
-    that min-p allows int64.
+    `max_N` is each row's largest logit; temperature is float32, top-p and the noise float64 (columns of wider
+    tensors, if need be), the least mass that min-p allows int64. Lists hold `capacity` tokens.
     """
+    assert max_N.stride(0) == temperature_N.stride(0) == 1
     rows, vocab = x_NV.shape
     out_N = torch.empty(rows, dtype=torch.int64, device=x_NV.device)
+    listed = torch.empty(rows, capacity, dtype=torch.float32, device=x_NV.device)
+    ids = torch.empty(rows, capacity, dtype=torch.int32, device=x_NV.device)
     _draw_nucleus[(rows,)](
-        x_NV, max_N, temperature_N, top_p_N, min_mass_N, uniform_N, out_N, x_NV.stride(0), vocab, 2.0**bits,
-        BITS=bits, BLOCK=BLOCK, num_warps=WARPS,
+        x_NV, max_N, temperature_N, top_p_N, top_p_N if min_mass_N is None else min_mass_N, uniform_N,
+        listed, ids, out_N, x_NV.stride(0), top_p_N.stride(0), uniform_N.stride(0), vocab, 2.0**bits, SLACK,
+        BITS=bits, HAS_MIN=min_mass_N is not None, CAPACITY=capacity, MAX_ESTIMATES=MAX_ESTIMATES,
+        LINES=LINES, WIDTH=WIDTH, BLOCK=BLOCK, num_warps=WARPS, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return out_N
 
@@ -238,6 +451,7 @@ def row_mass(x_RV: Tensor, max_R: Tensor, chosen_R: Tensor, *, bits: int) -> tup
     rows, vocab = x_RV.shape
     total_R, rank_R = (torch.empty(rows, dtype=torch.int64, device=x_RV.device) for _ in range(2))
     _row_mass[(rows,)](
-        x_RV, max_R, chosen_R, total_R, rank_R, x_RV.stride(0), vocab, 2.0**bits, BLOCK=BLOCK, num_warps=WARPS
-    )
+        x_RV, max_R, chosen_R, total_R, rank_R, x_RV.stride(0), vocab, 2.0**bits,
+        LINES=LINES, WIDTH=WIDTH, num_warps=WARPS,
+    )  # fmt: skip
     return total_R, rank_R

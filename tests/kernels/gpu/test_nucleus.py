@@ -1,0 +1,160 @@
+"""Does the nucleus kernel draw the token that an order and exact sums give, wherever it looks for it?
+
+The definition here is written out row by row with Python's integers. `tests/sampling/test_nucleus_gpu.py`
+holds the kernel against the sampler's own definition at real sizes.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from slipstream.sampling.weights import scale_bits
+from tests.kernels.gpu.conftest import HAS_GPU, has_interpreter
+
+if HAS_GPU or has_interpreter():
+    import triton
+    import triton.language as tl
+
+    from slipstream.kernels.gpu import nucleus
+
+    @triton.jit
+    def plain_exp(x):  # type: ignore[no-untyped-def]
+        return tl.exp(x)
+
+
+Array = np.ndarray[Any, Any]
+
+
+@pytest.fixture(autouse=True)
+def exponential(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has no device library: numpy's exponential stands in, here and in the kernel."""
+    if not HAS_GPU:
+        monkeypatch.setattr(nucleus, "libdevice", SimpleNamespace(exp=plain_exp))
+
+
+def masses(x: torch.Tensor, temperature: float, bits: int) -> list[int]:
+    """Return one row's integer masses, by the exponential that the kernel has."""
+    scaled = (x - x.max()) / torch.tensor(temperature, dtype=torch.float32, device=x.device)
+    raised = scaled.exp() if HAS_GPU else torch.from_numpy(np.exp(scaled.numpy()))
+    return [int(mass) for mass in (raised * 2.0**bits).tolist()]
+
+
+def drawn(x: torch.Tensor, columns: dict[str, torch.Tensor], row: int, bits: int) -> int:
+    """Return the token of one row, by the definition."""
+    temperature, top_p, min_p, uniform = (
+        float(columns[name][row]) for name in ("temperature", "top_p", "min_p", "uniform")
+    )
+    weights = masses(x, temperature, bits)
+    values = x.tolist()
+    order = sorted(range(len(values)), key=lambda i: (-values[i], np.signbit(values[i]), i))
+    bound = np.float64(top_p) * np.float64(sum(weights))
+    least = int(np.ceil(min_p * 2.0**bits))
+    kept: list[int] = []
+    before = 0
+    for place in order:
+        if kept and not (np.float64(before) < bound and weights[place] >= least):
+            break
+        kept.append(place)
+        before += weights[place]
+    target = min(int(np.float64(uniform) * np.float64(before)), before - 1)
+    for place in kept:
+        target -= weights[place]
+        if target < 0:
+            return place
+    raise AssertionError("the masses of the kept tokens exceed every target")
+
+
+def logits(kind: str, rows: int, vocab: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(kind) + vocab)
+    x = torch.randn(rows, vocab, generator=generator) * 2
+    if kind == "peaked":
+        x[:, vocab // 3] += 12
+    elif kind == "rounded":
+        x = (x * 4).round() / 4
+    elif kind == "equal":
+        x = torch.full_like(x, 1.5)
+    elif kind == "zeros of both signs":
+        x[:, ::3], x[:, 1::3] = 0.0, -0.0
+        x = x.clamp(max=0.0)
+    elif kind == "masked":
+        x[:, torch.randperm(vocab, generator=generator)[: vocab // 2]] = -torch.inf
+    return x
+
+
+def call(x: torch.Tensor, columns: dict[str, torch.Tensor], device: str, capacity: int) -> list[int]:
+    bits = scale_bits(x.shape[1])
+    least = (columns["min_p"] * 2.0**bits).ceil().to(torch.int64)
+    # The sampler has columns of wider tensors.
+    wide = torch.stack((columns["uniform"], columns["top_p"], torch.zeros_like(columns["top_p"])), dim=1)
+    uniform, top_p, _ = wide.to(device).unbind(1)
+    return nucleus.draw_nucleus(
+        x.to(device),
+        x.amax(-1).to(device),
+        columns["temperature"].to(device),
+        top_p,
+        least.to(device) if bool(least.any()) else None,
+        uniform,
+        bits=bits,
+        capacity=capacity,
+    ).tolist()
+
+
+def columns_of(rows: int, seed: int, *, has_min: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    uniform[0] = 0.0 if rows > 2 else 0.37
+    top_p = 1 - 0.6 * torch.rand(rows, generator=generator, dtype=torch.float64) ** 2
+    top_p[rows - 2] = 0.95
+    if rows > 2:
+        top_p[0], top_p[2] = 1e-9, 1 - 1e-15
+    return {
+        "temperature": torch.rand(rows, generator=generator) * 1.5 + 0.02,
+        "top_p": top_p,
+        "min_p": torch.rand(rows, generator=generator, dtype=torch.float64) * (0.1 if has_min else 0.0),
+        "uniform": uniform,
+    }
+
+
+@pytest.mark.parametrize(("vocab", "has_min"), [(17, True), (5003, False)])
+@pytest.mark.parametrize("kind", ["smooth", "peaked", "rounded", "equal", "zeros of both signs", "masked"])
+def test_tokens_are_those_of_the_definition(device: str, kind: str, vocab: int, has_min: bool) -> None:
+    rows = 3 if vocab < 100 else 2
+    x, columns = logits(kind, rows, vocab), columns_of(rows, vocab, has_min=has_min)
+    bits = scale_bits(vocab)
+    x_there = x.to(device)
+    expected = [drawn(x_there[row], columns, row, bits) for row in range(rows)]
+    assert call(x, columns, device, 8192) == expected
+
+
+@pytest.mark.parametrize("capacity", [8, 256])
+def test_lists_that_hold_too_little(device: str, capacity: int) -> None:
+    """Then the whole row is searched, for one question or for both."""
+    x, columns = logits("rounded", 4, 2100), columns_of(4, 9, has_min=False)
+    bits = scale_bits(x.shape[1])
+    x_there = x.to(device)
+    expected = [drawn(x_there[row], columns, row, bits) for row in range(4)]
+    assert call(x, columns, device, capacity) == expected
+
+
+def test_a_bad_row_does_no_harm(device: str) -> None:
+    x, columns = logits("smooth", 4, 600), columns_of(4, 1, has_min=False)
+    expected = call(x, columns, device, 128)
+    x[1], x[2, 7] = torch.nan, torch.inf
+    given = call(x, columns, device, 128)
+    assert [given[0], given[3]] == [expected[0], expected[3]]
+    assert all(0 <= token < 600 for token in given)
+
+
+def test_masses_and_ranks(device: str) -> None:
+    x = logits("rounded", 3, 5003)
+    bits = scale_bits(x.shape[1])
+    x_there = x.to(device)
+    chosen = x[torch.arange(3), torch.tensor([5, 4999, 77])]
+    total, rank = nucleus.row_mass(x_there, x_there.amax(-1), chosen.to(device), bits=bits)
+    assert total.tolist() == [sum(masses(row, 1.0, bits)) for row in x_there]
+    assert rank.tolist() == ((x > chosen[:, None]).sum(-1) + 1).tolist()
