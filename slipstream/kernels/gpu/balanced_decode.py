@@ -33,6 +33,8 @@ from slipstream.kernels.gpu.paged_decode import (
 
 # So that as many programs fit a multiprocessor as borders are made for (65,536 registers, 128 threads each).
 MAX_REGISTERS = 128
+# Blocks of keys on their way while one is worked on.
+STAGES = 3
 
 
 class PrefixParts(NamedTuple):
@@ -231,7 +233,7 @@ def balanced_decode(
         K=kv_heads, GROUP=group, HEAD=size, PAGE=page_tokens, LINES=found.lines, SHORTEST=SHORTEST,
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=keys_of_unit(q_RNH.dtype, size),
         BLOCK_H=block_h, BLOCK_S=parts_at_once(group, size), HAS_PREFIXES=prefixes is not None,
-        HAS_CAP=softcap > 0, IS_EXACT=is_exact, num_warps=4, num_stages=2 if is_exact else 3,
+        HAS_CAP=softcap > 0, IS_EXACT=is_exact, num_warps=4, num_stages=2 if is_exact else STAGES,
         maxnreg=MAX_REGISTERS, **launch_options(q_RNH),
     )  # fmt: skip
 
