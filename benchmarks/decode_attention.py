@@ -1,9 +1,9 @@
 """What does attention of one-token rows cost, cut row by row, in equal shares, and behind a shared beginning?
 
 Some layers' pages, more than the L2 holds, random and in random order, in bfloat16; the layers' calls are one
-CUDA graph, as in a step, and what is made once a step (the borders) is in it too. Before they are timed all
-outputs, poisoned, are compared with float64 for some rows and with each other. GB/s are of the keys and values
-that have to be read: once for a shared beginning.
+CUDA graph, as in a step, and what is made once a step (the borders) is in it too. Before anything is timed its
+output, poisoned, is compared with float64 for some rows. GB/s are of the keys and values that have to be
+read: once for a shared beginning.
 
 Predicted for an H100 (3.02 TB/s of copy, 264 programs over shared beginnings), microseconds a layer:
   even 64 x 192      50 MB, 16.7 at the copy's rate: 21 both ways
@@ -12,7 +12,7 @@ Predicted for an H100 (3.02 TB/s of copy, 264 programs over shared beginnings), 
   few 2..8 x 32k     0.27..1.07 GB, 89..356: 100..385
   shared 64 x 4096   17 + 34 MB and 4.3 GFLOP: rows one by one 250 to 300 (L2), shared 30 to 36
 
-    python benchmarks/decode_attention.py [--variants] [--out decode_attention.json]     # on the GPU in question
+    python benchmarks/decode_attention.py [--variants] [--out decode_attention.json]
 """
 
 from __future__ import annotations
@@ -186,9 +186,7 @@ def measure(case: Case) -> dict[str, Any]:
     best = min(found.values())
     shown = ", ".join(f"{name} {us:.1f}" for name, us in found.items())
     rate = case.layer_bytes / best / 1e3
-    print(
-        f"{case.name}: {shown} us a layer; best {rate:.0f} GB/s of {case.layer_bytes >> 20} MiB", flush=True
-    )
+    print(f"{case.name}: {shown} us a layer; {rate:.0f} GB/s", flush=True)
     return {"case": case.name, "bytes": case.layer_bytes, "us": found}
 
 
