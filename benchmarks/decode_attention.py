@@ -1,8 +1,8 @@
 """What does attention of one-token rows cost, cut row by row, in equal shares, and behind a shared beginning?
 
 Some layers' pages, more than the L2 holds, random and in random order, in bfloat16; the layers' calls are one
-CUDA graph, as in a step, and what is made once a step (the borders) is in it too. Before anything is timed its
-output, poisoned, is compared with float64 for some rows. GB/s are of the keys and values that have to be
+CUDA graph, as in a step, and what is made once a step (the borders) is in it too. Before anything is timed
+its output, poisoned, is compared with float64 for some rows. GB/s are of the keys and values that have to be
 read: once for a shared beginning.
 
 Predicted for an H100 (3.02 TB/s of copy, 264 programs over shared beginnings), microseconds a layer:
