@@ -33,7 +33,8 @@ from slipstream.kernels.decode_borders import decode_borders_op
 from slipstream.kernels.decode_shares import keys_of_unit, num_programs
 from slipstream.kernels.gpu import balanced_decode as balanced_file
 from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode, paged_decode_op
-from slipstream.kernels.shared_prefix import PROGRAMS_PER_SM, PrefixLayout, SharedGroup
+from slipstream.kernels.shared_prefix import PrefixLayout, SharedGroup
+from slipstream.kernels.shared_prefix import num_programs as num_prefix_programs
 from slipstream.kernels.shared_prefix_decode import shared_prefix_decode_op
 
 PAGE, MAX_LEN = 32, 8192
@@ -108,12 +109,11 @@ class Layers:
         self.q = torch.randn(rows, self.num_heads, self.size, device="cuda", dtype=torch.bfloat16)
         self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device="cuda")
         self.programs = num_programs(self.lens.device)
-        sms = torch.cuda.get_device_properties(0).multi_processor_count
         self.layout = PrefixLayout(
             max_rows=rows,
             heads=self.num_heads // self.kv_heads,
             kv_heads=self.kv_heads,
-            programs=PROGRAMS_PER_SM * sms,
+            programs=num_prefix_programs(self.lens.device),
         )
         self.shared = self.layout.views(torch.from_numpy(self.layout.pack(case.groups)).cuda(), rows)
         self.outs = [torch.empty_like(self.q) for _ in range(self.count)]

@@ -11,6 +11,7 @@ R rows, E entries, K kv heads, G query heads of each.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,14 @@ CHUNK_STEP = 64
 MIN_CHUNK = 256
 # Each group may leave one tile partly empty, and memory is laid out for all of them.
 MAX_GROUPS = 32
+
+
+@functools.cache
+def num_programs(device: torch.device) -> int:
+    """Return how many programs over entries run at once on a device."""
+    if device.type != "cuda":
+        return CPU_PROGRAMS
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class SharedGroup(NamedTuple):

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from slipstream.kernels.decode_shares import keys_of_unit
 from slipstream.kernels.gpu.balanced_decode import PrefixParts, balanced_decode, make_lines
-from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next, wait_for_previous
+from slipstream.kernels.gpu.launching import launch_options, start_next, wait_for_previous
 from slipstream.kernels.gpu.paged_decode import LOG2_E, attend_share
-from slipstream.kernels.shared_prefix import PROGRAMS_PER_SM, TILE_LINES
+from slipstream.kernels.shared_prefix import TILE_LINES, num_programs
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def shared_prefix_decode(
     pieces = len(entries_E5) * kv_heads
     part, stats = make_lines(pieces * TILE_LINES, size, q_RNH.device)
     is_exact = q_RNH.dtype == torch.float32
-    _attend_entries[(min(pieces, sms_of(q_RNH) * PROGRAMS_PER_SM),)](
+    _attend_entries[(min(pieces, num_programs(q_RNH.device)),)](
         q_RNH, kv_P2tKH, table_RC, count_1, entries_E5, members_R, part, stats, q_RNH.stride(0),
         q_RNH.stride(1), kv_P2tKH.stride(0), kv_P2tKH.stride(1), kv_P2tKH.stride(2), kv_P2tKH.stride(3),
         table_RC.stride(0), entries_E5.stride(0), scale * LOG2_E, softcap * LOG2_E if softcap else 1.0,
