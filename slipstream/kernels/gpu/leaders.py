@@ -50,20 +50,20 @@ def _place_of(key):
 @triton.jit
 def _lead(
     x_ptr, maxima_ptr, values_ptr, ids_ptr, row_stride, vocab, num_blocks, K: tl.constexpr,
-    K_CEIL: tl.constexpr, BLOCKS_CEIL: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS_CEIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b = tl.arange(0, BLOCKS_CEIL)
     maxima = tl.load(maxima_ptr + row * num_blocks + b, mask=b < num_blocks, other=float("-inf"))
     keys = _place_key(maxima, b)
-    k = tl.arange(0, K_CEIL)
-    blocks = tl.full((K_CEIL,), num_blocks, tl.int32)
+    k = tl.arange(0, K)
+    blocks = tl.full((K,), num_blocks, tl.int32)
     for number in range(K):
         best = tl.max(keys, 0)
         blocks = tl.where(k == number, _place_of(best).to(tl.int32), blocks)
         keys = tl.where(keys == best, -0x8000000000000000, keys)
     v = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    is_token = (k[:, None] < K) & (v < vocab)
+    is_token = v < vocab
     x = tl.load(x_ptr + row * row_stride + v, mask=is_token, other=float("-inf"))
     x = tl.where(x != x, float("inf"), x)
     # Behind every real token: a row may have nothing but minus infinity.
@@ -84,6 +84,8 @@ def leaders(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     rows, vocab = x_RV.shape
     num_blocks = triton.cdiv(vocab, BLOCK)
+    # A kernel is compiled for each number: few of them.
+    wanted, k = k, triton.next_power_of_2(k)
     maxima = torch.empty(rows, num_blocks, dtype=torch.float32, device=x_RV.device)
     values = torch.empty(rows, k, dtype=torch.float32, device=x_RV.device)
     ids = torch.empty(rows, k, dtype=torch.int64, device=x_RV.device)
@@ -92,12 +94,11 @@ def leaders(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     )
     _lead[(rows,)](
         x_RV, maxima, values, ids, x_RV.stride(0), vocab, num_blocks, K=k,
-        K_CEIL=triton.next_power_of_2(k), BLOCKS_CEIL=triton.next_power_of_2(num_blocks), BLOCK=BLOCK,
-        num_warps=4,
+        BLOCKS_CEIL=triton.next_power_of_2(num_blocks), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    return values, ids
+    return values[:, :wanted], ids[:, :wanted]
 
 
 def can_lead(x_RV: Tensor, k: int) -> bool:
     """Say whether `leaders` serves these logits."""
-    return k <= MAX_LEADERS and k * BLOCK <= x_RV.shape[1] and x_RV.stride(1) == 1
+    return k <= MAX_LEADERS and 2 * k * BLOCK <= x_RV.shape[1] and x_RV.stride(1) == 1

@@ -308,7 +308,7 @@ def _list_likely(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_p_stride", "uniform_stride"])
 def _draw_nucleus(
     x_ptr, max_ptr, temperature_ptr, top_p_ptr, min_mass_ptr, uniform_ptr, listed_ptr, ids_ptr, out_ptr,
     row_stride, top_p_stride, uniform_stride, vocab, scale, slack_share,

@@ -16,7 +16,10 @@ from torch import Tensor
 BLOCK = 512
 
 
-@triton.jit
+# Numbers that change from batch to batch are not specialised on: a kernel would be compiled anew for some.
+@triton.jit(
+    do_not_specialize=["slots_stride", "repetition_stride", "presence_stride", "frequency_stride", "longest"]
+)
 def _penalise(
     x_ptr, index_ptr, slots_ptr, seen_ptr, length_ptr, counts_ptr, saved_ptr, repetition_ptr, presence_ptr,
     frequency_ptr, slots_stride, repetition_stride, presence_stride, frequency_stride, vocab, width, longest,
@@ -48,7 +51,7 @@ def _penalise(
         tl.store(x_ptr + token, x, mask=at + w < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_stride", "longest"])
 def _restore(
     x_ptr, index_ptr, slots_ptr, seen_ptr, length_ptr, saved_ptr, slots_stride, vocab, width, longest,
     BLOCK: tl.constexpr,
@@ -64,7 +67,7 @@ def _restore(
         tl.store(x_ptr + token, x, mask=at + w < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_stride", "num_rows"])
 def _count(
     token_ids_ptr, index_ptr, slots_ptr, seen_ptr, length_ptr, counts_ptr, slots_stride, vocab, width,
     num_rows, BLOCK: tl.constexpr,

@@ -27,7 +27,7 @@ def logits(kind: str, vocab: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["smooth", "rounded", "zeros of both signs", "masked"])
-@pytest.mark.parametrize(("vocab", "k"), [(4099, 1), (4099, 5), (1100, 8), (9000, 32)])
+@pytest.mark.parametrize(("vocab", "k"), [(4099, 1), (4099, 5), (1100, 8), (9000, 30)])
 def test_leaders_are_those_of_the_order(device: str, kind: str, vocab: int, k: int) -> None:
     x = logits(kind, vocab)
     values, ids = leaders(x.to(device), k)
