@@ -102,6 +102,7 @@ class EngineControl:
             assert self._source is not None
             self._read_weights(engine, self._source)
         engine.runner.make_pages()
+        self._capture(engine)
         self._sleep_level = 0
         engine.refusal = None
 
@@ -109,6 +110,7 @@ class EngineControl:
         if self._sleep_level:
             raise ConfigError("update_weights(): the engine is asleep; call wake_up() first.")
         self._read_weights(engine, source)
+        self._capture(engine)
         engine.scheduler.cache.reset_prefix_cache()
         engine.refusal = None
         self._source = None if isinstance(source, Mapping) else source
@@ -129,6 +131,14 @@ class EngineControl:
             engine.refusal = refusal
         finally:
             checkpoint.close()
+
+    def _capture(self, engine: Engine) -> None:
+        """Capture steps over new weights or pages as at a start, before requests come."""
+        try:
+            engine.runner.capture_within(self._assembly.resolved.capture_budget_s)
+        except Exception:
+            # The engine is whole without them.
+            logger.exception("steps could not be captured and run kernel by kernel")
 
     def _open(self, source: str | Path | Mapping[str, Any]) -> Checkpoint:
         if isinstance(source, Mapping):

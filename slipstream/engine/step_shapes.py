@@ -76,9 +76,10 @@ def shape_needed(plan: StepPlan) -> StepShape | None:
     if plan.logits or not plan.spans:
         return None
     spans = plan.spans
-    rows = next((i for i, span in enumerate(spans) if span.len > 1), len(spans))
-    if rows == len(spans):
-        return StepShape(rows) if is_decode_step(plan) else None
+    # Short spans come first, so the last one says whether there are longer ones.
+    if spans[-1].len == 1:
+        return StepShape(len(spans)) if is_decode_step(plan) else None
+    rows = next(i for i, span in enumerate(spans) if span.len > 1)
     prompts = spans[rows:]
     if any(span.len == 1 or span.parents is not None for span in prompts):
         return None
@@ -101,7 +102,8 @@ class StepShapes:
         """Return the shapes of an engine that captures decode steps of `sizes` (ascending), if any."""
         if not sizes:
             return cls(has_padding=has_padding)
-        lone = [StepShape(0, 1, tokens) for tokens in _up_to(LONE_TOKENS, min(max_num_tokens, max_seq_len))]
+        longest = min(max_num_tokens, max_seq_len)
+        lone = [StepShape(0, 1, tokens) for tokens in _up_to(LONE_TOKENS, longest) if tokens > 1]
         widths = _up_to(MIXED_ROWS, sizes[-1]) if has_padding else ()
         # One long prompt has a shape of its own: attention has fewer tiles to look for, and can cut these.
         mixed = [
@@ -109,6 +111,7 @@ class StepShapes:
             for rows in widths
             for tokens in _up_to(MIXED_TOKENS, max_num_tokens)
             for prompts in (1, max(MIN_PROMPTS, tokens // TOKENS_PER_PROMPT))
+            if tokens > 1
         ]
         # In the order of what they cost, so that the first that fits is the cheapest.
         mixed.sort(key=lambda shape: (shape.num_tokens, shape.lines))

@@ -77,6 +77,13 @@ def test_a_mixed_step_takes_the_cheapest_that_holds_it() -> None:
     assert few.token_steps == (64, 128, 192, 200)
 
 
+def test_engines_too_small_for_prompts_capture_none() -> None:
+    one = StepShapes.create((1,), has_padding=True, max_num_tokens=1, max_seq_len=64)
+    assert one.in_order() == [StepShape(1)] and one.token_steps == ()
+    two = StepShapes.create((1, 2), has_padding=True, max_num_tokens=2, max_seq_len=2)
+    assert two.lone == (StepShape(0, 1, 2),) and {shape.tokens for shape in two.mixed} == {2}
+
+
 def test_the_largest_come_first_and_every_shape_once() -> None:
     order = DEFAULT.in_order()
     assert order[:3] == [StepShape(512), StepShape(256, 16, 1024), StepShape(0, 1, 2048)]
