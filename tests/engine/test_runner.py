@@ -26,8 +26,9 @@ from slipstream.core.sampling_params import RowSampling
 from slipstream.engine.assembly import assemble
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine import Engine
-from slipstream.engine.runner import Runner, StepHandle, bind_layers
+from slipstream.engine.runner import Runner, bind_layers
 from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.step_handle import StepHandle
 from slipstream.layers.embedding import LMHead
 from slipstream.layers.linear import Linear
 from tests.engine.fake_runner import LIMITS, FakeRunner, Step, full, lone_output
