@@ -57,39 +57,50 @@ class Layout:
 
     def pack_spans(self, shape: StepShape, spans: Sequence[Span], inside: Sequence[int]) -> np.ndarray:
         """Return the line of a step with prompts; `inside` is by span. Without spans it is nobody's step."""
-        host = np.full(sum(self.sizes(shape)), NOBODY, dtype=np.int64)
-        ends = np.cumsum(self.sizes(shape))[:-1]
-        rows_B, starts_B, inside_B, query_start, line_T, tiles = np.split(host, ends)
-        lines = lines_of(shape, spans)
-        rows_B[lines] = [span.row for span in spans]
-        starts_B[:] = 0
-        starts_B[lines] = [span.start for span in spans]
-        inside_B[lines] = inside
-        counts = np.zeros(shape.lines, dtype=np.int64)
-        counts[lines] = [span.len for span in spans]
+        sizes = self.sizes(shape)
+        host = np.full(sum(sizes), NOBODY, dtype=np.int64)
+        num_rows, lines = shape.rows, shape.lines
+        num_ones = count_ones(spans)
+        last = num_rows + len(spans) - num_ones
+        plan_3B = host[: 3 * lines].reshape(3, lines)
+        plan_3B[1] = 0
+        counts = [span.len for span in spans]
+        if spans:
+            said = np.array([[s.row for s in spans], [s.start for s in spans], inside], dtype=np.int64)
+            plan_3B[:, :num_ones] = said[:, :num_ones]
+            plan_3B[:, num_rows:last] = said[:, num_ones:]
         # Unused one-token rows have their place in the step all the same.
-        counts[: shape.rows] = 1
-        query_start[0] = 0
-        np.cumsum(counts, out=query_start[1:])
-        prompts = np.arange(shape.rows, shape.lines)
-        line_T[: query_start[-1] - shape.rows] = np.repeat(prompts, counts[shape.rows :])
-        tiles.reshape(-1, 2)[:] = (shape.rows, NOWHERE)
-        starts = self._tiles(shape, counts)
-        tiles[: starts.size] = starts.reshape(-1)
+        first_token = 3 * lines
+        query_start = host[first_token : first_token + lines + 1]
+        query_start[: num_rows + 1] = np.arange(num_rows + 1)
+        ends = num_rows + np.cumsum(counts[num_ones:], dtype=np.int64)
+        query_start[num_rows + 1 : last + 1] = ends
+        query_start[last + 1 :] = total = int(ends[-1]) if len(ends) else num_rows
+        line_T = host[first_token + lines + 1 :]
+        line_T[: total - num_rows] = np.repeat(np.arange(num_rows, last), counts[num_ones:])
+        tiles_M2 = host[sum(sizes[:-1]) :].reshape(-1, 2)
+        tiles_M2[:] = (num_rows, NOWHERE)
+        starts = self._tiles(num_rows, counts[num_ones:])
+        if starts:
+            tiles_M2[: len(starts)] = starts
         return host
 
-    def _tiles(self, shape: StepShape, counts: np.ndarray) -> np.ndarray:
+    def _tiles(self, num_rows: int, counts: Sequence[int]) -> list[tuple[int, int]]:
         """Return (line, first query) of each tile. A span's last ones see the most keys and come first."""
-        first = 0 if self.tiles_rows else shape.rows
-        numbers = -(-counts[first:] // self.tile_queries)
-        lines = np.repeat(np.arange(first, shape.lines), numbers)
-        behind = np.cumsum(numbers)[lines - first] - 1 - np.arange(len(lines))
-        return np.stack((lines, behind * self.tile_queries), axis=1)
+        step = self.tile_queries
+        rows = [(line, 0) for line in range(num_rows)] if self.tiles_rows else []
+        spans = enumerate(counts, start=num_rows)
+        return rows + [(line, at) for line, count in spans for at in reversed(range(0, count, step))]
+
+
+def count_ones(spans: Sequence[Span]) -> int:
+    """Return how many spans are of one token: they come first."""
+    return next((i for i, span in enumerate(spans) if span.len > 1), len(spans))
 
 
 def lines_of(shape: StepShape, spans: Sequence[Span]) -> list[int]:
     """Return the line of each span: one-token rows have the first lines, longer spans those behind all R."""
-    num_ones = next((i for i, span in enumerate(spans) if span.len > 1), len(spans))
+    num_ones = count_ones(spans)
     return [*range(num_ones), *range(shape.rows, shape.rows + len(spans) - num_ones)]
 
 
