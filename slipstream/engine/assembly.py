@@ -43,6 +43,7 @@ from slipstream.engine.pacing import Pacing
 from slipstream.engine.resolution import Capacity, ModelFacts, ResolvedConfig, fit_capacity, resolve
 from slipstream.engine.runner import Runner
 from slipstream.engine.scheduler import Scheduler
+from slipstream.engine.shared_rows import shares_beginnings
 from slipstream.engine.step_shapes import StepShapes
 from slipstream.engine.warm_up import NUM_PAGES, Measured, StepBounds, measure_worst_case
 from slipstream.kernels.cpu.library import LibraryUnavailable, library
@@ -148,7 +149,8 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         eos = _eos_token_ids(tokenizer, checkpoint)
     finally:
         checkpoint.close()
-    shapes = _shapes(config, resolved, backend)
+    shares = shares_beginnings(backend, model, groups, resolved.max_batch_size)
+    shapes = _shapes(config, resolved, backend, shares=shares)
     engine, capacity, limits, ledger = _build_engine(
         model, groups, backend, resolved, config, facts, eos, memory, clock, shapes
     )
@@ -327,7 +329,9 @@ def _pacing(resolved: ResolvedConfig, shapes: StepShapes) -> Pacing | None:
     )
 
 
-def _shapes(config: EngineConfig, resolved: ResolvedConfig, backend: AttentionBackend) -> StepShapes:
+def _shapes(
+    config: EngineConfig, resolved: ResolvedConfig, backend: AttentionBackend, *, shares: bool
+) -> StepShapes:
     """Return the steps to capture. Raises ConfigError where they were asked for and cannot be."""
     if backend.capability.graph:
         return StepShapes.create(
@@ -335,6 +339,7 @@ def _shapes(config: EngineConfig, resolved: ResolvedConfig, backend: AttentionBa
             has_padding=resolved.has_graph_padding,
             max_num_tokens=resolved.max_num_tokens,
             max_seq_len=resolved.max_seq_len,
+            shares=shares,
         )
     if config.cuda_graph_config is not None:
         raise ConfigError(

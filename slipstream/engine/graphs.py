@@ -33,6 +33,7 @@ from slipstream.core.batch import ForwardBatch
 from slipstream.core.plan import StepPlan
 from slipstream.engine.packed_step import Layout, PackedViews, lines_of
 from slipstream.engine.rows import Rows
+from slipstream.engine.shared_rows import SharedRows
 from slipstream.engine.step_shapes import StepShape, StepShapes, shape_needed
 from slipstream.kernels.decode_inputs import decode_inputs_op
 from slipstream.kernels.greedy_append import greedy_append_op
@@ -191,8 +192,10 @@ class StepGraphs:
         *,
         max_seq_len: int,
         dtype: torch.dtype,
+        shared: SharedRows | None = None,
     ) -> None:
         self._capture, self._rows, self._backend, self._shapes = capture, rows, backend, shapes
+        self._shared = shared
         self._max_seq_len = max_seq_len
         self._layout = Layout(tile_queries=tile_queries(dtype), tiles_rows=backend.capability.batch_invariant)
         self._inputs: StaticInputs | None = None
@@ -214,6 +217,8 @@ class StepGraphs:
         need = shape_needed(plan)
         if need is None:
             return None
+        if self._shared is not None and not need.prompts and self._shared.of_step(plan.sample):
+            need = need._replace(shared=True)
         serving = list(self._shapes.serving(need))
         found = next((shape for shape in serving if shape in self._captured), None)
         if not serving or found == serving[0]:
@@ -240,6 +245,9 @@ class StepGraphs:
         """Capture a step of nobody's rows; blocks. A shape that fails is not missed again before `forget`."""
         started = time.monotonic()
         self._write(shape, self._pack(shape))
+        if self._shared is not None and shape.shared:
+            # Nobody's rows share nothing.
+            self._shared.forget_step()
         self._failed.add(shape)
         made = self._capture.run(lambda: self._step(shape, model, kv))
         self._failed.discard(shape)
@@ -258,6 +266,9 @@ class StepGraphs:
         if captured is None:
             self.num_late_captures += 1
             captured = self.capture(shape, model, kv)
+        if self._shared is not None and shape.shared:
+            self._shared.of_step(plan.sample)
+            self._shared.count()
         if shape.prompts:
             self._write(shape, self._layout.pack_spans(shape, plan.spans, inside))
             lines: Sequence[int] = lines_of(shape, plan.spans)
@@ -366,4 +377,6 @@ class StepGraphs:
         plan = self._backend.plan(query_lens=query_lens, max_seq_lens=[longest] * shape.lines)
         if views.tiles_M2 is not None:
             plan.step_cache[TILES] = views.tiles_M2.to(torch.int32)
+        if self._shared is not None and shape.shared:
+            plan.shared = self._shared.views(shape.rows)
         return plan

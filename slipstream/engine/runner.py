@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from slipstream.attention.base import AttentionBackend
 from slipstream.core.batch import ForwardBatch
 from slipstream.core.cache_group import CacheGroup
@@ -26,16 +28,15 @@ from slipstream.engine.host_rows import HostRows
 from slipstream.engine.native_steps import NativeSteps
 from slipstream.engine.packed_step import NOBODY
 from slipstream.engine.rows import Rows, StepInputs
-from slipstream.engine.step_shapes import StepShape, StepShapes
+from slipstream.engine.shared_rows import SharedRows, heads_of_kv_head, shares_beginnings
+from slipstream.engine.step_handle import Drawn, StepHandle, read_step
+from slipstream.engine.step_shapes import StepShape, StepShapes, is_decode_step
 from slipstream.engine.wanted_logits import WantedLogits
 from slipstream.sampling.base import HostCopy
 from slipstream.sampling.history import TokenHistory
 from slipstream.sampling.processors import ProcessorTable
 from slipstream.sampling.sampler import Sampler
 from slipstream.sampling.state import to_device
-from torch import Tensor
-
-from slipstream.engine.step_handle import Drawn, StepHandle, read_step
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +117,22 @@ class Runner:
         self._num_pages, self._kv_dtype = num_pages, kv_dtype
         self.make_pages()
         self._layer_place = bind_layers(groups)
+        # How rows begin, where the backend reads once what they share.
+        self._shared: SharedRows | None = None
+        if shares_beginnings(backend, model, groups, max_batch_size):
+            self._shared = SharedRows(
+                groups,
+                heads=heads_of_kv_head(model.config),
+                max_rows=max_batch_size,
+                kv_dtype=kv_dtype,
+                device=device,
+            )
         # Captured steps, where the backend can be replayed; without shapes every step runs kernel by kernel.
         self._capture = GraphCapture(device)
         self.graphs: StepGraphs | None = None
         if shapes is not None and len(shapes):
             places = (self._capture, self.rows, backend, shapes)
-            self.graphs = StepGraphs(*places, max_seq_len=max_seq_len, dtype=kv_dtype)
+            self.graphs = StepGraphs(*places, max_seq_len=max_seq_len, dtype=kv_dtype, shared=self._shared)
         self._steps: StepGraphs | NativeSteps | None = self.graphs
         if isinstance(self.rows, HostRows) and backend.capability.native_blocks:
             self._steps = NativeSteps(self.rows, backend, lambda: self.model, max_seq_len=max_seq_len)
@@ -131,7 +142,12 @@ class Runner:
     @property
     def counters(self) -> dict[str, int]:
         """Return what shows how steps ran: graphs captured and replayed, and the memory they hold."""
+        shared = self._shared
         return {
+            # Decode steps in which rows' common beginning was read once, such rows, and positions spared.
+            "num_shared_prefix_steps": shared.num_steps if shared is not None else 0,
+            "num_shared_prefix_rows": shared.num_rows if shared is not None else 0,
+            "num_spared_positions": shared.num_spared_positions if shared is not None else 0,
             "num_graphs": self._capture.num_captures,
             "num_graph_steps": self._capture.num_replays,
             # Of these captures those that requests waited for.
@@ -227,6 +243,8 @@ class Runner:
                 self.processors.add(init.row, init.request_id, init.tokens, init.num_prompt)
         self._wanted.apply(plan)
         self.rows.apply(plan)
+        if self._shared is not None:
+            self._shared.apply(plan)
         if plan.copies:
             # A page may be zeroed and then copied onto: the last copy of each destination counts.
             sources = {destination: source for source, destination in plan.copies}
@@ -313,6 +331,10 @@ class Runner:
         return inside
 
     def _batch(self, plan: StepPlan, inputs: StepInputs) -> ForwardBatch:
+        attention_plan = self.backend.plan(query_lens=inputs.query_lens, max_seq_lens=inputs.max_seq_lens)
+        if self._shared is not None and is_decode_step(plan) and self._shared.of_step(plan.sample):
+            attention_plan.shared = self._shared.views(len(plan.sample))
+            self._shared.count()
         return ForwardBatch(
             token_ids_T=inputs.token_ids_T,
             positions_kT=inputs.positions_T[None],
@@ -323,7 +345,7 @@ class Runner:
             block_table=list(inputs.block_table_GBM),
             kv_pages=self._kv_pages,
             layer_place=self._layer_place,
-            attention_plan=self.backend.plan(query_lens=inputs.query_lens, max_seq_lens=inputs.max_seq_lens),
+            attention_plan=attention_plan,
             logits_idx=self._logits_idx(plan, inputs.query_lens),
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from slipstream.attention.base import AttentionBackend
 from slipstream.attention.shared_prefix import Beginning, SharingRule, find_groups
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.plan import StepPlan
@@ -26,6 +27,21 @@ from slipstream.kernels.shared_prefix import (
     SharedPrefixes,
     num_programs,
 )
+
+
+def heads_of_kv_head(config: Any) -> int:
+    """Return how many query heads use a kv head, 0 for a model that does not say."""
+    num_heads, kv_heads = getattr(config, "num_heads", 0), getattr(config, "num_kv_heads", 0)
+    return num_heads // kv_heads if kv_heads else 0
+
+
+def shares_beginnings(
+    backend: AttentionBackend, model: Any, groups: Sequence[CacheGroup], max_rows: int
+) -> bool:
+    """Say whether common beginnings can be read once: by this backend, and for a model with full attention
+    whose heads fit a tile."""
+    is_served = backend.capability.cascade and 1 <= heads_of_kv_head(model.config) <= TILE_LINES
+    return is_served and max_rows > 1 and any(group.kind == "full" for group in groups)
 
 
 class SharedRows:
@@ -60,23 +76,6 @@ class SharedRows:
         self._written: list[SharedGroup] | None = None
         self.num_steps = self.num_rows = self.num_spared_positions = 0
 
-    @classmethod
-    def create(
-        cls,
-        config: Any,
-        groups: Sequence[CacheGroup],
-        *,
-        max_rows: int,
-        kv_dtype: torch.dtype,
-        device: torch.device,
-    ) -> SharedRows | None:
-        """Return None for a model without full attention, or one whose heads do not fit a tile."""
-        num_heads, kv_heads = getattr(config, "num_heads", 0), getattr(config, "num_kv_heads", 0)
-        heads = num_heads // kv_heads if kv_heads else 0
-        if not 1 <= heads <= TILE_LINES or max_rows < 2 or all(group.kind != "full" for group in groups):
-            return None
-        return cls(groups, heads=heads, max_rows=max_rows, kv_dtype=kv_dtype, device=device)
-
     def apply(self, plan: StepPlan) -> None:
         """Note which rows come and go, and what is added to a table that is still to be filled."""
         for row in plan.removed:
@@ -109,6 +108,11 @@ class SharedRows:
             if self._last_groups and self._last_groups != self._written:
                 self._write(self._last_groups)
         return bool(self._last_groups)
+
+    def forget_step(self) -> None:
+        """Let no row share anything, until the next step is looked at."""
+        self._last_rows, self._written = None, None
+        self._packed.zero_()
 
     def _write(self, groups: list[SharedGroup]) -> None:
         packed = torch.from_numpy(self._layout.pack(groups))

@@ -39,11 +39,15 @@ FREE_TOKENS = 256
 
 
 class StepShape(NamedTuple):
-    """What a step holds: one-token rows, longer spans, and the tokens of these."""
+    """What a step holds: one-token rows, longer spans, and the tokens of these.
+
+    With `shared`, of a decode step, what rows begin with alike is read once for all of them.
+    """
 
     rows: int
     prompts: int = 0
     tokens: int = 0
+    shared: bool = False
 
     @property
     def lines(self) -> int:
@@ -57,7 +61,8 @@ class StepShape(NamedTuple):
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
     def __str__(self) -> str:
-        decoding = f"decoding {self.rows} rows" if self.rows else ""
+        alike = " that begin alike" if self.shared else ""
+        decoding = f"decoding {self.rows} rows{alike}" if self.rows else ""
         prompts = f"{self.prompts} prompts of {self.tokens} tokens" if self.prompts else ""
         return " beside ".join(part for part in (decoding, prompts) if part)
 
@@ -88,16 +93,26 @@ def shape_needed(plan: StepPlan) -> StepShape | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepShapes:
-    """All shapes that an engine may capture: `sizes` of decode steps, `lone` prompts, `mixed` steps."""
+    """All shapes that an engine may capture: `sizes` of decode steps, `lone` prompts, `mixed` steps.
+
+    With `shares`, decode steps are captured both ways.
+    """
 
     sizes: tuple[int, ...] = ()
     lone: tuple[StepShape, ...] = ()
     mixed: tuple[StepShape, ...] = ()
     has_padding: bool = True
+    shares: bool = False
 
     @classmethod
     def create(
-        cls, sizes: Sequence[int], *, has_padding: bool, max_num_tokens: int, max_seq_len: int
+        cls,
+        sizes: Sequence[int],
+        *,
+        has_padding: bool,
+        max_num_tokens: int,
+        max_seq_len: int,
+        shares: bool = False,
     ) -> StepShapes:
         """Return the shapes of an engine that captures decode steps of `sizes` (ascending), if any."""
         if not sizes:
@@ -115,10 +130,17 @@ class StepShapes:
         ]
         # In the order of what they cost, so that the first that fits is the cheapest.
         mixed.sort(key=lambda shape: (shape.num_tokens, shape.lines))
-        return cls(sizes=tuple(sizes), lone=tuple(lone), mixed=tuple(mixed), has_padding=has_padding)
+        return cls(
+            sizes=tuple(sizes), lone=tuple(lone), mixed=tuple(mixed), has_padding=has_padding, shares=shares
+        )
 
     def __len__(self) -> int:
-        return len(self.sizes) + len(self.lone) + len(self.mixed)
+        return len(self.sizes) + len(self.shared) + len(self.lone) + len(self.mixed)
+
+    @property
+    def shared(self) -> tuple[StepShape, ...]:
+        """Decode steps whose rows begin alike, ascending; one row alone has nobody to share with."""
+        return tuple(StepShape(size, shared=True) for size in self.sizes if size > 1 and self.shares)
 
     @property
     def token_steps(self) -> tuple[int, ...]:
@@ -128,6 +150,10 @@ class StepShapes:
     def serving(self, need: StepShape) -> Iterator[StepShape]:
         """Return the shapes that a step may run in, the cheapest first; what wastes too much is left out."""
         if not need.prompts:
+            # Much padding costs more than sharing spares.
+            for shape in self.shared if need.shared else ():
+                if need.rows <= shape.rows <= (2 * need.rows if self.has_padding else need.rows):
+                    yield shape
             place = bisect.bisect_left(self.sizes, need.rows)
             for size in self.sizes[place:]:
                 if size == need.rows or self.has_padding:
@@ -141,7 +167,8 @@ class StepShapes:
 
     def largest(self) -> list[StepShape]:
         """Return the largest of each kind: between them they take the memory of all."""
-        kinds = ([StepShape(size) for size in self.sizes[-1:]], self.mixed[-1:], self.lone[-1:])
+        sizes = [StepShape(size) for size in self.sizes[-1:]]
+        kinds = (sizes, self.shared[-1:], self.mixed[-1:], self.lone[-1:])
         return [shape for kind in kinds for shape in kind]
 
     def in_order(self) -> list[StepShape]:
@@ -152,8 +179,9 @@ class StepShapes:
         lone = [shape for tokens in FIRST_LONE for shape in self.lone if shape.tokens == tokens]
         mixed = [shape for shape in self.mixed if _is_first(shape)]
         rest = [StepShape(size) for size in self.sizes]
-        order = [*self.largest(), *ladder, *lone, *mixed[::-1]]
-        order += [*rest[::-1], *self.lone[::-1], *self.mixed[::-1]]
+        alike = [shape for shape in self.shared if StepShape(shape.rows) in ladder][::-1]
+        order = [*self.largest(), *ladder, *lone, *mixed[::-1], *alike]
+        order += [*rest[::-1], *self.shared[::-1], *self.lone[::-1], *self.mixed[::-1]]
         return list(dict.fromkeys(order))
 
 

@@ -176,15 +176,15 @@ def test_a_larger_step_serves_until_the_right_one_is_there() -> None:
     steps, capture = graphs(shapes_of())
     assert steps.shape_of(decode_plan(3)) is None and steps.missing()[0] == StepShape(4)
     steps.capture(StepShape(16), None, KV)
-    assert [steps.shape_of(decode_plan(n)) for n in (3, 3, 16, 17)] == [(16, 0, 0)] * 3 + [None]
+    assert [steps.shape_of(decode_plan(n)) for n in (3, 3, 16, 17)] == [StepShape(16)] * 3 + [None]
     # The one that was missed most comes first.
     assert steps.missing()[:3] == [StepShape(4), StepShape(24), StepShape(24, 8, 64)]
     steps.capture(StepShape(4), None, KV)
-    assert steps.shape_of(decode_plan(3)) == (4, 0, 0) and steps.missing()[0] == StepShape(24)
+    assert steps.shape_of(decode_plan(3)) == StepShape(4) and steps.missing()[0] == StepShape(24)
     prompt = StepPlan(0, spans=[Span(0, 0, 20)], sample=[0])
     assert steps.shape_of(prompt) is None and StepShape(0, 1, 32) in steps.missing()[:2]
     steps.capture(StepShape(0, 1, 64), None, KV)
-    assert steps.shape_of(prompt) == (0, 1, 64)
+    assert steps.shape_of(prompt) == StepShape(0, 1, 64)
     assert capture.num_captures == 3 and steps.num_late_captures == 0
     steps.forget()
     assert steps.shape_of(decode_plan(3)) is None and len(steps.missing()) == len(shapes_of())
@@ -192,7 +192,7 @@ def test_a_larger_step_serves_until_the_right_one_is_there() -> None:
         steps.capture(steps.missing()[0], None, KV)
     assert not steps.missing() and capture.num_captures == 3 + len(shapes_of())
     exact, _ = graphs(shapes_of(has_padding=False))
-    assert exact.shape_of(decode_plan(2)) == (2, 0, 0) and not exact.is_missing and not exact.missing()
+    assert exact.shape_of(decode_plan(2)) == StepShape(2) and not exact.is_missing and not exact.missing()
 
 
 def test_a_capture_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

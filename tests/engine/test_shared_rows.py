@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from slipstream.attention.torch_reference import TorchReference
+from slipstream.attention.triton import TritonAttention
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.plan import RequestInit, StepPlan
 from slipstream.core.sampling_params import RowSampling
-from slipstream.engine.shared_rows import SharedRows
+from slipstream.engine.shared_rows import SharedRows, shares_beginnings
 from slipstream.kernels.shared_prefix import SharedPrefixes
 
 FULL = CacheGroup(layers=(0, 1), kind="full", heads=8, head_dim=128, block_tokens=32)
@@ -26,9 +30,7 @@ class Sizes:
 
 
 def rows_of(*groups: CacheGroup) -> SharedRows:
-    made = SharedRows.create(Sizes(), groups, max_rows=80, kv_dtype=torch.bfloat16, device=CPU)
-    assert made is not None
-    return made
+    return SharedRows(groups, heads=4, max_rows=80, kv_dtype=torch.bfloat16, device=CPU)
 
 
 def request(row: int, *blocks: list[int], tokens: int = 4096 + 64) -> RequestInit:
@@ -89,6 +91,15 @@ def test_tables_grow_while_a_prompt_runs_and_not_behind_it() -> None:
     assert rows.of_step(step) and rows.views(4).rows_5R._version == version
 
 
+def test_a_captured_step_of_nobody_shares_nothing() -> None:
+    rows = rows_of(FULL)
+    rows.apply(plan_of(*(request(row, [*PREFIX, 1000 + row]) for row in range(4))))
+    assert rows.of_step([0, 1, 2, 3]) and int(rows.views(4).count_1) > 0
+    rows.forget_step()
+    assert int(rows.views(4).count_1) == 0 and not rows.views(4).rows_5R.any()
+    assert rows.of_step([0, 1, 2, 3]) and shared_of(rows.views(4)) == [4096] * 4
+
+
 def test_groups_of_windows_do_not_count_and_all_full_ones_must_agree() -> None:
     other = [page + 500 for page in PREFIX]
     rows = rows_of(FULL, WINDOW, FULL)
@@ -100,14 +111,18 @@ def test_groups_of_windows_do_not_count_and_all_full_ones_must_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "groups", "max_rows"),
+    ("sizes", "groups", "max_rows", "expected"),
     [
-        (Sizes(num_heads=65, num_kv_heads=1), [FULL], 8),
-        (object(), [FULL], 8),
-        (Sizes(), [WINDOW], 8),
-        (Sizes(), [FULL], 1),
+        (Sizes(), [WINDOW, FULL], 8, True),
+        (Sizes(num_heads=65, num_kv_heads=1), [FULL], 8, False),
+        (None, [FULL], 8, False),
+        (Sizes(), [WINDOW], 8, False),
+        (Sizes(), [FULL], 1, False),
     ],
 )
-def test_who_has_no_use_for_it(sizes: object, groups: list[CacheGroup], max_rows: int) -> None:
-    kinds = {"max_rows": max_rows, "kv_dtype": torch.bfloat16, "device": CPU}
-    assert SharedRows.create(sizes, groups, **kinds) is None  # type: ignore[arg-type]
+def test_who_has_a_use_for_it(
+    sizes: Sizes | None, groups: list[CacheGroup], max_rows: int, expected: bool
+) -> None:
+    model: Any = SimpleNamespace(config=sizes)
+    assert shares_beginnings(TritonAttention(), model, groups, max_rows) == expected
+    assert not shares_beginnings(TorchReference(), model, groups, max_rows)

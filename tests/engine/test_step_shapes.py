@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from slipstream.core.plan import Span, StepPlan
@@ -22,7 +23,7 @@ def first(shapes: StepShapes, *need: int) -> StepShape | None:
 
 def test_what_a_plan_needs() -> None:
     three = [Span(row, 9, 1) for row in (4, 0, 2)]
-    assert shape_needed(plan_of(*three)) == (3, 0, 0)
+    assert shape_needed(plan_of(*three)) == StepShape(3)
     for other in (
         plan_of(*three, sample=[4, 0]),
         plan_of(*three, sample=[0, 4, 2]),
@@ -36,17 +37,17 @@ def test_what_a_plan_needs() -> None:
     ):
         assert shape_needed(other) is None
     # Beside a prompt a piece of one token may be quiet.
-    assert shape_needed(plan_of(*three, Span(1, 0, 5), Span(5, 7, 9), sample=[4, 1])) == (3, 2, 14)
-    assert shape_needed(plan_of(Span(1, 0, 5), sample=[])) == (0, 1, 5)
+    assert shape_needed(plan_of(*three, Span(1, 0, 5), Span(5, 7, 9), sample=[4, 1])) == StepShape(3, 2, 14)
+    assert shape_needed(plan_of(Span(1, 0, 5), sample=[])) == StepShape(0, 1, 5)
 
 
 def test_decode_steps_are_padded_or_exact() -> None:
     shapes = StepShapes.create((1, 2, 4), has_padding=True, max_num_tokens=64, max_seq_len=64)
     assert [shape.rows for shape in shapes.serving(StepShape(2))] == [2, 4]
-    assert first(shapes, 3) == (4, 0, 0) and first(shapes, 5) is None
+    assert first(shapes, 3) == StepShape(4) and first(shapes, 5) is None
     exact = StepShapes.create((1, 4), has_padding=False, max_num_tokens=64, max_seq_len=64)
-    assert first(exact, 4) == (4, 0, 0) and first(exact, 3) is None and not exact.mixed
-    assert first(exact, 0, 1, 20) == (0, 1, 32)
+    assert first(exact, 4) == StepShape(4) and first(exact, 3) is None and not exact.mixed
+    assert first(exact, 0, 1, 20) == StepShape(0, 1, 32)
     nothing = StepShapes.create((), has_padding=True, max_num_tokens=64, max_seq_len=64)
     assert not len(nothing) and not nothing.in_order() and first(nothing, 0, 1, 20) is None
 
@@ -63,11 +64,11 @@ def test_a_lone_prompt_is_padded_by_an_eighth_at_most() -> None:
 
 
 def test_a_mixed_step_takes_the_cheapest_that_holds_it() -> None:
-    assert first(DEFAULT, 32, 1, 256) == (32, 1, 256)
-    assert first(DEFAULT, 32, 2, 256) == (32, 8, 256)
-    assert first(DEFAULT, 33, 1, 250) == (64, 1, 256)
-    assert first(DEFAULT, 0, 3, 60) == (8, 8, 64)
-    assert first(DEFAULT, 100, 16, 1000) == (128, 16, 1024)
+    assert first(DEFAULT, 32, 1, 256) == StepShape(32, 1, 256)
+    assert first(DEFAULT, 32, 2, 256) == StepShape(32, 8, 256)
+    assert first(DEFAULT, 33, 1, 250) == StepShape(64, 1, 256)
+    assert first(DEFAULT, 0, 3, 60) == StepShape(8, 8, 64)
+    assert first(DEFAULT, 100, 16, 1000) == StepShape(128, 16, 1024)
     for too_much in ((257, 1, 64), (8, 9, 100), (8, 1, 1025)):
         assert first(DEFAULT, *too_much) is None
     for shape in DEFAULT.serving(StepShape(8, 1, 400)):
@@ -75,6 +76,20 @@ def test_a_mixed_step_takes_the_cheapest_that_holds_it() -> None:
     few = StepShapes.create((1, 5), has_padding=True, max_num_tokens=200, max_seq_len=4096)
     assert {(shape.rows, shape.tokens) for shape in few.mixed} == {(5, n) for n in (64, 128, 192, 200)}
     assert few.token_steps == (64, 128, 192, 200)
+
+
+def test_rows_that_begin_alike_have_steps_of_their_own() -> None:
+    create = functools.partial(StepShapes.create, max_num_tokens=64, max_seq_len=64, shares=True)
+    shapes, alike = create((1, 2, 4, 16), has_padding=True), StepShape(3, shared=True)
+    expected = [StepShape(4, shared=True), StepShape(4), StepShape(16)]
+    assert list(shapes.serving(alike)) == expected and list(shapes.serving(StepShape(3))) == expected[1:]
+    assert list(create((1, 2, 3, 4), has_padding=False).serving(alike)) == [alike, StepShape(3)]
+    plain = StepShapes.create((4,), has_padding=True, max_num_tokens=64, max_seq_len=64)
+    assert list(plain.serving(alike)) == [StepShape(4)] and not plain.shared
+    order = shapes.in_order()
+    assert len(order) == len(set(order)) == len(shapes)
+    assert [shape.rows for shape in order if shape.shared] == [16, 4, 2]
+    assert order[:2] == shapes.largest()[:2] == [StepShape(16), StepShape(16, shared=True)]
 
 
 def test_engines_too_small_for_prompts_capture_none() -> None:
@@ -98,4 +113,5 @@ def test_the_largest_come_first_and_every_shape_once() -> None:
 
 def test_shapes_say_what_they_are() -> None:
     assert str(StepShape(4)) == "decoding 4 rows"
+    assert str(StepShape(4, shared=True)) == "decoding 4 rows that begin alike"
     assert str(StepShape(8, 1, 64)) == "decoding 8 rows beside 1 prompts of 64 tokens"
