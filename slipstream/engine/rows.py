@@ -75,28 +75,32 @@ class Rows:
         """Write tokens (row, start, ids), the lengths that follow, and entries of the tables: in one copy."""
         if not tokens and not indices:
             return
-        width = self.tokens.shape[1]
-        places = [
-            np.arange(row * width + start, row * width + start + len(ids)) for row, start, ids in tokens
-        ]
-        parts = [
-            np.concatenate(places) if places else [],
-            np.concatenate([np.asarray(ids, dtype=np.int64) for _, _, ids in tokens]) if tokens else [],
-            [row for row, _, _ in tokens],
-            [start + len(ids) for _, start, ids in tokens],
-            indices,
-            pages,
-        ]
-        ends = np.cumsum([len(part) for part in parts])
-        packed = torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]))
+        width, num_rows, num_pages = self.tokens.shape[1], len(tokens), len(pages)
+        num_ids = sum([len(ids) for _, _, ids in tokens])
+        # Places first, then what goes there, two to a place: nothing is converted on the device.
+        ends = np.cumsum([num_ids, num_rows, num_rows, num_pages, (num_ids + num_pages + 1) // 2]).tolist()
+        host = np.empty(ends[-1], dtype=np.int64)
+        narrow = host[ends[3] :].view(np.int32)
+        at = 0
+        for row, start, ids in tokens:
+            end = at + len(ids)
+            host[at:end] = np.arange(row * width + start, row * width + start + len(ids))
+            narrow[at:end] = ids
+            at = end
+        host[num_ids : ends[1]] = [row for row, _, _ in tokens]
+        host[ends[1] : ends[2]] = [start + len(ids) for _, start, ids in tokens]
+        host[ends[2] : ends[3]] = indices
+        narrow[num_ids : num_ids + num_pages] = pages
+        packed = torch.from_numpy(host)
         if self._device.type == "cuda":
             packed = packed.pin_memory().to(self._device, non_blocking=True)
-        places_E, ids_E, rows_A, lengths_A, entries_B, pages_B = packed.tensor_split(ends[:-1].tolist())
+        values = packed[ends[3] :].view(torch.int32)
         if tokens:
-            self._flat_tokens.index_copy_(0, places_E, ids_E.to(torch.int32))
-            self.lengths.index_copy_(0, rows_A, lengths_A)
+            self._flat_tokens.index_copy_(0, packed[:num_ids], values[:num_ids])
+            self.lengths.index_copy_(0, packed[num_ids : ends[1]], packed[ends[1] : ends[2]])
         if indices:
-            self._flat_table.index_copy_(0, entries_B, pages_B.to(torch.int32))
+            entries, numbers = packed[ends[2] : ends[3]], values[num_ids : num_ids + num_pages]
+            self._flat_table.index_copy_(0, entries, numbers)
 
     def _place(
         self, group: int, row: int, blocks: Sequence[int], indices: list[int], pages: list[int]
