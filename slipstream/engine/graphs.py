@@ -219,13 +219,16 @@ class StepGraphs:
             return None
         if self._shared is not None and not need.prompts and self._shared.of_step(plan.sample):
             need = need._replace(shared=True)
-        serving = list(self._shapes.serving(need))
-        found = next((shape for shape in serving if shape in self._captured), None)
-        if not serving or found == serving[0]:
-            return found
-        if not self._shapes.has_padding:
-            return serving[0]
-        self._wanted[serving[0]] += 1
+        best = found = None
+        for shape in self._shapes.serving(need):
+            best = best or shape
+            if shape in self._captured:
+                found = shape
+                break
+            if not self._shapes.has_padding:
+                return best
+        if best is not None and found != best:
+            self._wanted[best] += 1
         return found
 
     @property

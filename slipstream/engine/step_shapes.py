@@ -58,7 +58,8 @@ class StepShape(NamedTuple):
         return self.rows + self.tokens
 
     def holds(self, other: StepShape) -> bool:
-        return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
+        fits = self.rows >= other.rows and self.prompts >= other.prompts and self.tokens >= other.tokens
+        return fits and self.shared >= other.shared
 
     def __str__(self) -> str:
         alike = " that begin alike" if self.shared else ""
@@ -69,11 +70,12 @@ class StepShape(NamedTuple):
 
 def is_decode_step(plan: StepPlan) -> bool:
     """Say whether every row of a plan runs its last token and is sampled, and nothing else is wanted."""
-    rows = plan.sample
-    if len(rows) != len(plan.spans) or not rows or plan.logits:
+    if not plan.spans or plan.logits:
         return False
-    pairs = zip(plan.spans, rows, strict=True)
-    return all(span.len == 1 and span.row == row and span.parents is None for span, row in pairs)
+    # Short spans come first, so the ends say whether there are longer ones.
+    if plan.spans[0].len > 1 or plan.spans[-1].len > 1:
+        return False
+    return [span.row for span in plan.spans] == plan.sample
 
 
 def shape_needed(plan: StepPlan) -> StepShape | None:
@@ -81,7 +83,6 @@ def shape_needed(plan: StepPlan) -> StepShape | None:
     if plan.logits or not plan.spans:
         return None
     spans = plan.spans
-    # Short spans come first, so the last one says whether there are longer ones.
     if spans[-1].len == 1:
         return StepShape(len(spans)) if is_decode_step(plan) else None
     rows = next(i for i, span in enumerate(spans) if span.len > 1)
@@ -160,9 +161,12 @@ class StepShapes:
                     yield StepShape(size)
             return
         most = max(FREE_TOKENS, 2 * need.num_tokens)
-        is_lone = need.prompts == 1 and not need.rows
-        for shape in self.lone if is_lone else self.mixed:
-            if shape.holds(need) and shape.num_tokens <= most:
+        shapes = self.lone if need.prompts == 1 and not need.rows else self.mixed
+        place = bisect.bisect_left(shapes, need.num_tokens, key=lambda shape: shape.num_tokens)
+        for shape in shapes[place:]:
+            if shape.num_tokens > most:
+                break
+            if shape.holds(need):
                 yield shape
 
     def largest(self) -> list[StepShape]:
