@@ -20,6 +20,7 @@ from slipstream.attention.base import AttentionBackend
 from slipstream.attention.shared_prefix import Beginning, SharingRule, find_groups
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.plan import StepPlan
+from slipstream.kernels.plugins import KERNELS
 from slipstream.kernels.shared_prefix import (
     TILE_LINES,
     PrefixLayout,
@@ -39,9 +40,10 @@ def shares_beginnings(
     backend: AttentionBackend, model: Any, groups: Sequence[CacheGroup], max_rows: int
 ) -> bool:
     """Say whether common beginnings can be read once: by this backend, and for a model with full attention
-    whose heads fit a tile."""
+    whose heads fit a tile; a kernel from outside for one-token rows reads each row by itself."""
     is_served = backend.capability.cascade and 1 <= heads_of_kv_head(model.config) <= TILE_LINES
-    return is_served and max_rows > 1 and any(group.kind == "full" for group in groups)
+    is_ours = "paged_decode" not in KERNELS.on_gpu
+    return is_served and is_ours and max_rows > 1 and any(group.kind == "full" for group in groups)
 
 
 class SharedRows:
