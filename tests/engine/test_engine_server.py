@@ -22,6 +22,7 @@ from slipstream import __version__
 from slipstream.core.errors import ConfigError, EngineError, RequestError
 from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine import sockets, wire
+from slipstream.engine.client import QUIET_S
 from slipstream.engine.engine_server import MAX_REMEMBERED, EngineServer
 from slipstream.engine.process_client import submissions
 from slipstream.engine.prompts import Encoded
@@ -161,6 +162,30 @@ def test_callables_need_the_engine_in_this_process(service: EngineService) -> No
         service.submit(request, lambda output: None)
     assert caught.value.param == "logits_processor"
     Stream(service, prompt(1), 5, request_id=request.request_id).check()
+
+
+def test_quiet_time_is_used_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine could prepare waits for the first quiet, goes on in one go, and ends at a request."""
+    client = fake_client(step_s=0.005)
+    runner: Any = client.engine.runner
+    num_left = 20
+    seen: list[tuple[float, bool]] = []
+
+    def prepare() -> None:
+        nonlocal num_left
+        num_left -= 1
+        seen.append((time.monotonic(), client.engine.scheduler.has_work))
+        runner.wants_capture = num_left > 0
+
+    monkeypatch.setattr(runner, "capture_wanted", prepare, raising=False)
+    with serving(client) as server, door(server.endpoint) as service:
+        runner.wants_capture = True
+        Stream(service, prompt(1), 40).check()
+        eventually(lambda: num_left == 0, "quiet time was not used")
+    times = [at for at, _ in seen]
+    assert len(seen) == 20 and not any(has_work for _, has_work in seen)
+    # One wait, not one each.
+    assert times[-1] - times[0] < 10 * QUIET_S
 
 
 def test_draining_ends_what_runs_and_takes_nothing_new() -> None:
