@@ -24,11 +24,13 @@ import torch
 from slipstream.core.sampling_params import RowSampling
 from slipstream.kernels.gpu import leaders as leader_file
 from slipstream.kernels.gpu import nucleus
+from slipstream.kernels.gpu.row_logprobs import row_logprobs
 from slipstream.sampling import candidates
 from slipstream.sampling.filters import FilterParams, draw_top_p_in_order
+from slipstream.sampling.logprobs import pack_logprobs
 from slipstream.sampling.penalties import PenaltyTables
 from slipstream.sampling.sampler import Sampler
-from slipstream.sampling.weights import log_sum_exp, scale_bits
+from slipstream.sampling.weights import scale_bits
 
 VOCAB = 128_256
 BITS = scale_bits(VOCAB)
@@ -36,7 +38,7 @@ ROTATED_BYTES = 300 << 20
 COPY_BYTES_PER_S = 3.02e12
 PROMPT, STEPS = 192, 60
 KINDS = {"std 2": (2.0, 0.0), "std 1.3": (1.3, 0.0), "peaked": (2.0, 9.0)}
-SAMPLED = {"temperature": 0.8, "top_p": 0.95}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
 WORK = {
     "greedy": RowSampling(),
     "sampled": RowSampling(**SAMPLED),
@@ -117,12 +119,11 @@ def show(name: str, rows: int, us: float, num_bytes: float, others: dict[str, fl
 def nucleus_calls(rows: int, made: list[torch.Tensor], capacity: int) -> list[Callable[[], Any]]:
     params, uniform = params_of(rows)
 
-    def call(x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    def call(x: torch.Tensor) -> torch.Tensor:
         columns = (params.temperature_N, params.top_p_N, None, uniform)
-        return nucleus.draw_nucleus(x, largest, *columns, bits=BITS, capacity=capacity)
+        return nucleus.draw_nucleus(x, *columns, bits=BITS, capacity=capacity)[0]
 
-    pairs = [(x, x.amax(-1)) for x in made]
-    return [lambda x=x, largest=largest: call(x, largest) for x, largest in pairs]
+    return [lambda x=x: call(x) for x in made]
 
 
 def measure_nucleus(rows: int) -> list[dict[str, Any]]:
@@ -169,12 +170,19 @@ def measure_passes(rows: int) -> list[dict[str, Any]]:
     }
     one = graph_us([lambda x=x: leader_file.leaders(x, 1) for x in made])
     found.append(show("1 leader", rows, one, num_bytes, maxima))
-    pairs = [(x, x.amax(-1)) for x in made]
-    masses = graph_us([lambda x=x, m=m: nucleus.row_mass(x, m, m, bits=BITS) for x, m in pairs])
-    others = {
-        "log_sum_exp alone, by tensors": plain_us(lambda: log_sum_exp(made[0][:64], max_R=pairs[0][1][:64]))
-    }
-    found.append(show("masses and ranks", rows, masses, num_bytes, others))
+    tokens = torch.arange(rows, device="cuda") * 7
+    status = torch.zeros(rows, dtype=torch.int8, device="cuda")
+    listed = [(x, leader_file.leaders(x, 5)) for x in made]
+    packed = pack_logprobs(made[0], tokens, status, num_top=5)
+    logs = made[0][:8].double().log_softmax(-1).gather(1, tokens[:8, None])
+    assert float((packed[:8, 1:2] - logs).abs().max()) < 1e-5
+    masses = graph_us(
+        [
+            lambda x=x, top=top: row_logprobs(x, tokens, status, top[0][:, 0], top, bits=BITS)
+            for x, top in listed
+        ]
+    )
+    found.append(show("logprobs and ranks", rows, masses, num_bytes, {}))
     copied = graph_us([lambda x=x: x.clone() for x in made])
     found.append(show("a copy (not made any more)", rows, copied, 2 * num_bytes, {}))
     return found
@@ -235,7 +243,9 @@ def measure_step(name: str, rows: int) -> dict[str, Any]:
     device_ms = start.elapsed_time(end) / STEPS
     began = time.perf_counter()
     for output in outputs:
-        output.tokens(), output.statuses(), output.logprobs_by_row()
+        output.tokens()
+        output.statuses()
+        output.logprobs_by_row()
     collect_ms = (time.perf_counter() - began) * 1e3 / STEPS
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step(0).tokens()

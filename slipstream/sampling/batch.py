@@ -88,6 +88,7 @@ class Batch:
         asked = [params[row] for row in rows]
         self.rows = list(rows)
         self.rows_R = to_device(self.rows, torch.int64, device)
+        self.ones_R = torch.ones_like(self.rows_R)
         self.pending = [row for row in rows if row in pending]
         self.num_top = {i: s.logprobs for i, s in enumerate(asked) if s.logprobs >= 0}
         self.wants_all_logprobs = bool(self.num_top) and len(self.num_top) == len(rows)
@@ -117,6 +118,12 @@ class Batch:
             bias or early or self.penalised or self.allowed or bad or self.ngrams or self.sequences
         )
         self.has_sparse_edits_only = not (self.allowed or self.ngrams or self.sequences)
+        # Whether every row draws from a nucleus, of logits that nothing masks.
+        has_masks = bool(early or bad) or not self.has_sparse_edits_only
+        is_nucleus = len(self.groups) == 1 and self.groups[0].kind == "top_p"
+        self.is_one_nucleus = (
+            is_nucleus and self.groups[0].is_whole_batch and not has_masks and not self.num_candidates
+        )
         self.is_plain_greedy = not (
             self.groups or self.has_edits or self.num_top or self.num_candidates or self.pending
         )

@@ -82,32 +82,26 @@ def draw_top_k(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, max_k: 
     return torch.cat(drawn)
 
 
-def draw_top_p(
-    x_NV: Tensor,
-    uniform_N: Tensor,
-    params: FilterParams,
-    *,
-    has_min_p: bool = True,
-    max_N: Tensor | None = None,
-) -> Tensor:
-    """Return one token id per row, int64 [N]; no row has a top_k. A GPU has a kernel that orders nothing.
-
-    `max_N` is each row's largest logit where that is known already.
-    """
-    if not x_NV.is_cuda or not has_triton():
+def draw_top_p(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_min_p: bool = True) -> Tensor:
+    """Return one token id per row, int64 [N]; no row has a top_k. A GPU has a kernel that orders nothing."""
+    if not has_nucleus_kernel(x_NV):
         return draw_top_p_in_order(x_NV, uniform_N, params)
+    return judge_and_draw_top_p(x_NV, uniform_N, params, has_min_p=has_min_p)[0]
+
+
+def has_nucleus_kernel(x_NV: Tensor) -> bool:
+    return x_NV.is_cuda and has_triton()
+
+
+def judge_and_draw_top_p(
+    x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_min_p: bool
+) -> tuple[Tensor, Tensor]:
+    """Return token ids and statuses, int8 [N], by the kernel; a row whose status is not OK has token 0."""
     from slipstream.kernels.gpu.nucleus import draw_nucleus
 
     bits = scale_bits(x_NV.shape[1])
-    return draw_nucleus(
-        x_NV,
-        x_NV.amax(-1) if max_N is None else max_N,
-        params.temperature_N,
-        params.top_p_N,
-        _min_weight(params.min_p_N, bits) if has_min_p else None,
-        uniform_N,
-        bits=bits,
-    )
+    min_mass = _min_weight(params.min_p_N, bits) if has_min_p else None
+    return draw_nucleus(x_NV, params.temperature_N, params.top_p_N, min_mass, uniform_N, bits=bits)
 
 
 def draw_top_p_in_order(x_NV: Tensor, uniform_N: Tensor, params: FilterParams) -> Tensor:

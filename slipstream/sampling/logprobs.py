@@ -15,7 +15,7 @@ from torch import Tensor
 from slipstream.kernels.registration import has_triton
 from slipstream.sampling.candidates import leading
 from slipstream.sampling.filters import slices
-from slipstream.sampling.weights import log_of_mass, log_sum_exp, scale_bits
+from slipstream.sampling.weights import log_sum_exp, scale_bits
 
 
 @dataclasses.dataclass(slots=True)
@@ -32,47 +32,39 @@ class Leaders:
     def first(self) -> tuple[Tensor, Tensor]:
         return self.values_LK[:, 0], self.ids_LK[:, 0]
 
-    def part(self, rows: slice) -> Leaders:
-        return Leaders(self.values_LK[rows], self.ids_LK[rows])
-
 
 def pack_logprobs(
     raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, *, num_top: int, leaders: Leaders | None = None
 ) -> Tensor:
     """Return float64 [L, 4 + 2K] in the layout of `PackedLogprobs`, without synchronising.
 
-    `leaders` are the `num_top` leaders where they are known already.
+    On a GPU `leaders` are the `num_top` leaders where they are known already.
     """
     if raw_LV.is_cuda and has_triton():
         if num_top and leaders is None:
             leaders = Leaders.of(raw_LV, num_top)
-        return _pack(raw_LV, token_ids_L, status_L, leaders)
+        return _pack_by_kernel(raw_LV, token_ids_L, status_L, leaders)
     parts: list[Tensor] = []
     for rows in slices(raw_LV):
-        raw = raw_LV[rows]
-        if leaders is not None:
-            found = leaders.part(rows)
-        else:
-            found = Leaders.of(raw, num_top) if num_top else None
-        parts.append(_pack(raw, token_ids_L[rows], status_L[rows], found))
+        found = Leaders.of(raw_LV[rows], num_top) if num_top else None
+        parts.append(_pack(raw_LV[rows], token_ids_L[rows], status_L[rows], found))
     return torch.cat(parts)
 
 
-def _norm_and_rank(raw_LV: Tensor, chosen_L: Tensor, max_L: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp, float64 [L], and the rank of logits `chosen_L`; on a GPU in one pass."""
-    if not raw_LV.is_cuda or not has_triton():
-        return log_sum_exp(raw_LV, max_R=max_L), (raw_LV > chosen_L[:, None]).sum(-1) + 1
-    from slipstream.kernels.gpu.nucleus import row_mass
+def _pack_by_kernel(raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, leaders: Leaders | None) -> Tensor:
+    from slipstream.kernels.gpu.row_logprobs import row_logprobs
 
     bits = scale_bits(raw_LV.shape[1])
-    total_L, rank_L = row_mass(raw_LV, max_L, chosen_L, bits=bits)
-    return log_of_mass(total_L, max_R=max_L, bits=bits), rank_L
+    if leaders is None:
+        return row_logprobs(raw_LV, token_ids_L, status_L, raw_LV.amax(-1), None, bits=bits)
+    listed = (leaders.values_LK, leaders.ids_LK)
+    return row_logprobs(raw_LV, token_ids_L, status_L, leaders.values_LK[:, 0], listed, bits=bits)
 
 
 def _pack(raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, leaders: Leaders | None) -> Tensor:
     chosen = raw_LV.gather(1, token_ids_L[:, None])
-    max_L = raw_LV.amax(-1) if leaders is None else leaders.values_LK[:, 0].contiguous()
-    norm, rank = (column[:, None] for column in _norm_and_rank(raw_LV, chosen[:, 0], max_L))
+    norm = log_sum_exp(raw_LV, max_R=raw_LV.amax(-1))[:, None]
+    rank = (raw_LV > chosen).sum(-1, keepdim=True) + 1
     columns = [token_ids_L[:, None], chosen - norm, rank, status_L[:, None]]
     if leaders is not None:
         columns += [leaders.ids_LK, leaders.values_LK - norm]

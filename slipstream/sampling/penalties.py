@@ -28,7 +28,8 @@ FIRST_WIDTH = 256
 class PenaltyTables:
     """Output counts [S, V] int32, seen tokens [S, W] int64 and the length of each seen list [S].
 
-    Entries of a list beyond its length repeat its first token.
+    Entries of a list beyond its length repeat its first token. Slots claimed are written together, before
+    anybody reads.
     """
 
     def __init__(self, *, max_rows: int, vocab_size: int, device: torch.device) -> None:
@@ -43,6 +44,8 @@ class PenaltyTables:
         # A slot claimed with n tokens at step s holds at most n + (now - s): the host keeps n - s.
         self._steps = 0
         self._offsets: dict[int, int] = {}
+        # Slots not written yet: the tokens they have seen, each once, and the outputs to count.
+        self._claimed: dict[int, tuple[list[int], list[int]]] = {}
 
     @property
     def num_slots(self) -> int:
@@ -55,23 +58,43 @@ class PenaltyTables:
         slot = self._free.pop()
         seen = list(dict.fromkeys(tokens))
         self._offsets[slot] = len(seen) - self._steps
-        self._fit_width()
-        self._seen_SW[slot].fill_(seen[0])
-        self._seen_SW[slot, : len(seen)].copy_(to_device(seen, torch.int64, self._device))
-        self._length_S[slot].fill_(len(seen))
-        outputs = to_device(tokens[num_prompt:], torch.int64, self._device)
-        self._counts_SV[slot].zero_()
-        self._counts_SV[slot].index_add_(0, outputs, torch.ones_like(outputs, dtype=torch.int32))
+        self._claimed[slot] = (seen, tokens[num_prompt:])
         return slot
 
     def release(self, slot: int) -> None:
         del self._offsets[slot]
+        self._claimed.pop(slot, None)
         self._free.append(slot)
+
+    def _flush(self) -> None:
+        """Write what was claimed since the last step, all of it in one copy."""
+        self._fit_width()
+        if not self._claimed:
+            return
+        width, vocab_size = self._seen_SW.shape[1], self._vocab_size
+        lists = list(self._claimed.items())
+        parts = [
+            [slot for slot, _ in lists],
+            [seen[0] for _, (seen, _) in lists],
+            [len(seen) for _, (seen, _) in lists],
+            [place for slot, (seen, _) in lists for place in range(slot * width, slot * width + len(seen))],
+            [token for _, (seen, _) in lists for token in seen],
+            [slot * vocab_size + token for slot, (_, outputs) in lists for token in outputs],
+        ]
+        self._claimed = {}
+        packed = to_device([value for part in parts for value in part], torch.int64, self._device)
+        slots, first, length, places, tokens, outputs = torch.split(packed, [len(part) for part in parts])
+        self._seen_SW.index_copy_(0, slots, first[:, None].expand(-1, width))
+        self._seen_SW.view(-1).index_copy_(0, places, tokens)
+        self._length_S.index_copy_(0, slots, length)
+        self._counts_SV.index_fill_(0, slots, 0)
+        ones = torch.ones_like(outputs, dtype=torch.int32)
+        self._counts_SV.view(-1).index_add_(0, outputs, ones)
 
     def count(self, token_ids_R: Tensor, index_P: Tensor, slots_P: Tensor) -> None:
         """Add one output token, that of row `index_P`, to each of distinct slots."""
         self._steps += 1
-        self._fit_width()
+        self._flush()
         if not self._has_kernels:
             self.count_by_tensors(slots_P, token_ids_R.index_select(0, index_P))
             return
@@ -102,6 +125,7 @@ class PenaltyTables:
 
         Returns what brings the logits back, to be called, if at all, before `count`.
         """
+        self._flush()
         asked = (repetition_P, presence_P, frequency_P)
         if not self._has_kernels:
             places, old = self.penalise_by_tensors(logits_RV, index_P, slots_P, *asked)

@@ -15,6 +15,7 @@ belong to a search.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -31,7 +32,13 @@ from slipstream.sampling.base import (
 from slipstream.sampling.batch import Batch, Group, takes_the_greatest
 from slipstream.sampling.candidates import greatest, has_kernels
 from slipstream.sampling.continuations import pack_continuations
-from slipstream.sampling.filters import draw_full, draw_top_k, draw_top_p
+from slipstream.sampling.filters import (
+    draw_full,
+    draw_top_k,
+    draw_top_p,
+    has_nucleus_kernel,
+    judge_and_draw_top_p,
+)
 from slipstream.sampling.greedy import draw_greatest, status_of
 from slipstream.sampling.history import TokenHistory, mask_completions, mask_repeats
 from slipstream.sampling.logprobs import Leaders, pack_logprobs
@@ -40,6 +47,16 @@ from slipstream.sampling.philox import Philox
 from slipstream.sampling.state import NO_SLOT, RowTable
 
 Undo = Callable[[], None]
+
+
+@dataclasses.dataclass(slots=True)
+class Choice:
+    """Token ids and statuses of a batch, and what takes its sparse edits back, to be called in reverse."""
+
+    token_ids: Tensor
+    status: Tensor
+    undo: list[Undo]
+    continuations: PackedContinuations | None = None
 
 
 class Sampler:
@@ -125,36 +142,59 @@ class Sampler:
             # Lengths stay as they are: no row here reads its own.
             return draw_greatest(logits_RV)
         logits_RV = logits_RV.contiguous()
+        is_edited_outside = masks is not None or edit is not None
         # Sparse edits are taken back, so that nobody has to copy the vocabulary.
-        is_undone = (
-            batch.wants_all_logprobs and batch.has_sparse_edits_only and masks is None and edit is None
-        )
+        is_undone = batch.wants_all_logprobs and batch.has_sparse_edits_only and not is_edited_outside
         leaders = self._leaders(logits_RV, batch)
-        raw_max, token_ids = greatest(logits_RV) if leaders is None else leaders.first()
         raw_LV = self._raw(logits_RV, batch, is_overwritten=has_edits and not is_undone)
+        if batch.is_one_nucleus and not is_edited_outside and has_nucleus_kernel(logits_RV):
+            choice = self._choose_at_once(logits_RV, batch)
+        else:
+            choice = self._choose(logits_RV, batch, leaders, masks, edit)
+        if is_undone:
+            for take_back in reversed(choice.undo):
+                take_back()
+        token_ids, status = choice.token_ids, choice.status
+        self._count(batch, token_ids)
+        packed = _packed(raw_LV, batch, token_ids, status, leaders)
+        return SampleOutput(token_ids, status, packed, choice.continuations)
+
+    def _choose_at_once(self, logits_RV: Tensor, batch: Batch) -> Choice:
+        """Draw where one kernel judges every row's logits and draws its token.
+
+        Biases and penalties are finite: they leave NaN and infinity what they are.
+        """
+        undo = self._edit(logits_RV, batch)
+        (group,), noise = batch.groups, batch.uniform(self._philox)
+        drawn = judge_and_draw_top_p(logits_RV, noise, group.params, has_min_p=group.has_min_p)
+        return Choice(*drawn, undo)
+
+    def _choose(
+        self,
+        logits_RV: Tensor,
+        batch: Batch,
+        leaders: Leaders | None,
+        masks: Tensor | None,
+        edit: Callable[[Tensor], None] | None,
+    ) -> Choice:
+        """Judge the logits, change them, judge them again, and draw group by group."""
+        raw_max, token_ids = greatest(logits_RV) if leaders is None else leaders.first()
         searched_CV = logits_RV.index_select(0, batch.searched_C) if batch.num_candidates else None
-        status, largest = status_of(raw_max), raw_max
+        status = status_of(raw_max)
         if edit is not None:
             edit(logits_RV)
         undo: list[Undo] = []
-        if has_edits:
+        if batch.has_edits or masks is not None or edit is not None:
             undo = self._edit(logits_RV, batch) + self._mask(logits_RV, batch, masks)
-            largest, token_ids = greatest(logits_RV)
-            status = torch.where(status != OK, status, status_of(largest))
+            edited_max, token_ids = greatest(logits_RV)
+            status = torch.where(status != OK, status, status_of(edited_max))
         continuations = _continuations(searched_CV, logits_RV, batch)
         if batch.groups:
             noise = batch.uniform(self._philox)
             for group in batch.groups:
-                drawn = _draw(logits_RV, noise[group.part], group, largest)
+                drawn = _draw(logits_RV, noise[group.part], group)
                 token_ids = drawn if group.is_whole_batch else token_ids.index_copy(0, group.index_N, drawn)
-        token_ids = token_ids.masked_fill(status != OK, 0)
-        if is_undone:
-            for take_back in reversed(undo):
-                take_back()
-        self._count(batch, token_ids)
-        return SampleOutput(
-            token_ids, status, _packed(raw_LV, batch, token_ids, status, leaders), continuations
-        )
+        return Choice(token_ids.masked_fill(status != OK, 0), status, undo, continuations)
 
     def is_plain_greedy(self, row: int) -> bool:
         """Say whether a row takes the largest logit and nothing else, so that others may do it for us."""
@@ -253,7 +293,7 @@ class Sampler:
             mask_completions(logits_RV, history, batch.sequences, num_outputs_S=num_outputs)
 
     def _count(self, batch: Batch, token_ids: Tensor) -> None:
-        self._table.advance(batch.rows_R)
+        self._table.advance(batch.rows_R, batch.ones_R)
         if batch.penalised is not None:
             p = batch.penalised
             self._tables.count(token_ids, p.index_P, p.slots_P)
@@ -268,14 +308,13 @@ class Sampler:
                 self._version += 1
 
 
-def _draw(logits_RV: Tensor, uniform_N: Tensor, group: Group, max_R: Tensor) -> Tensor:
+def _draw(logits_RV: Tensor, uniform_N: Tensor, group: Group) -> Tensor:
     x_NV = logits_RV if group.is_whole_batch else logits_RV.index_select(0, group.index_N)
     if group.kind == "full":
         return draw_full(x_NV, uniform_N, group.params, has_min_p=group.has_min_p)
     if group.kind == "top_k":
         return draw_top_k(x_NV, uniform_N, group.params, max_k=group.max_k)
-    max_N = max_R.contiguous() if group.is_whole_batch else max_R.index_select(0, group.index_N)
-    return draw_top_p(x_NV, uniform_N, group.params, has_min_p=group.has_min_p, max_N=max_N)
+    return draw_top_p(x_NV, uniform_N, group.params, has_min_p=group.has_min_p)
 
 
 def _packed(

@@ -82,9 +82,9 @@ class RowTable:
         self._ints.index_copy_(0, rows, packed[:, 7:13].to(torch.int64))
         self._position.index_copy_(0, rows, packed[:, 13].to(torch.int64))
 
-    def advance(self, rows_R: Tensor) -> None:
+    def advance(self, rows_R: Tensor, ones_R: Tensor) -> None:
         """Count one more output token for distinct rows."""
-        self.position.index_add_(0, rows_R, torch.ones_like(rows_R))
+        self.position.index_add_(0, rows_R, ones_R)
 
     def is_early(self, rows_R: Tensor) -> Tensor:
         """Return bool [R]: which rows have generated fewer tokens than their `min_tokens`."""

@@ -34,12 +34,7 @@ def weigh(x_RN: Tensor, *, max_R: Tensor, temperature_R: Tensor | None, bits: in
 def log_sum_exp(x_RV: Tensor, *, max_R: Tensor) -> Tensor:
     """Return float64 [R], independent of the number of rows."""
     bits = scale_bits(x_RV.shape[1])
-    total = weigh(x_RV, max_R=max_R, temperature_R=None, bits=bits).sum(-1)
-    return log_of_mass(total, max_R=max_R, bits=bits)
-
-
-def log_of_mass(total_R: Tensor, *, max_R: Tensor, bits: int) -> Tensor:
-    """Return the logarithm, float64 [R], of the sum of exponentials that integer masses stand for."""
+    total_R = weigh(x_RV, max_R=max_R, temperature_R=None, bits=bits).sum(-1)
     return max_R.to(torch.float64) + total_R.to(torch.float64).log() - bits * math.log(2.0)
 
 

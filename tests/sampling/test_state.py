@@ -29,7 +29,7 @@ def test_a_row_is_early_until_it_has_generated_its_minimum():
     seen = []
     for _ in range(4):
         seen.append(table.is_early(rows).tolist())
-        table.advance(rows)
+        table.advance(rows, torch.ones_like(rows))
     assert seen == [[False, True], [False, True], [False, False], [False, False]]
 
 
@@ -37,7 +37,7 @@ def test_a_row_written_twice_before_it_is_read_is_the_last():
     table = RowTable(max_rows=2, device=CPU)
     for top_k in (3, 4):
         table.write(1, RowSampling(top_k=top_k), seed=top_k, sample_idx=0, position=top_k, slot=state.NO_SLOT)
-    table.advance(torch.tensor([1]))
+    table.advance(torch.tensor([1]), torch.ones(1, dtype=torch.int64))
     assert table.ints[1, state.TOP_K] == 4 and table.position.tolist() == [0, 5]
     table.write(0, RowSampling(min_p=0.5), seed=0, sample_idx=0, position=0, slot=state.NO_SLOT)
     assert table.floats[0, state.MIN_P] == 0.5 and table.position.tolist() == [0, 5]

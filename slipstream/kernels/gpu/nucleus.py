@@ -33,6 +33,8 @@ CAPACITY = 8192
 MAX_ESTIMATES = 4
 # What estimated masses may be off by, as a share of the total: sums of 2^17 float32 terms by 2^10 lanes.
 SLACK = 2e-5
+# As in `sampling/base.py`.
+OK, BAD_LOGITS, ALL_MASKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -211,21 +213,22 @@ def _guess(low, low_mass, high, high_mass, target):
 
 
 @triton.jit
-def _estimate(x_ptr, vocab, largest, temperature, top_p, uniform, slack_share,
+def _estimate(x_ptr, vocab, temperature, top_p, uniform, slack_share,
               CAPACITY: tl.constexpr, MAX_ESTIMATES: tl.constexpr,
               LINES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Return between which logits the nucleus ends and the drawn token lies, as far as float32 can tell."""
+    """Return the largest logit, and between which the nucleus ends and the drawn token lies.
+
+    NaN counts as infinity. The intervals are right as far as float32 can tell, where the largest is finite.
+    """
     v = tl.arange(0, LINES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     factor = 1.4426950408889634 / temperature
-    bottom = largest - 32 * temperature
-    low, high, drawn_low, drawn_high = bottom, largest, bottom, largest
-    zero = largest - largest
-    low_mass, high_mass, drawn_low_mass, drawn_high_mass = zero, zero, zero, zero
-    # A mass falls by e with each temperature; most of it lies within fourteen.
-    b0, b1 = largest - 0.7 * temperature, largest - 1.6 * temperature
-    b2, b3 = largest - 2.8 * temperature, largest - 4.2 * temperature
-    b4, b5 = largest - 5.8 * temperature, largest - 7.6 * temperature
-    b6, b7 = largest - 10 * temperature, largest - 14 * temperature
+    # Masses are taken relative to a logit near the largest, which the first pass finds.
+    x = tl.load(x_ptr + v, mask=v < vocab, other=float("-inf"))
+    reference = tl.max(tl.max(tl.where(x < float("inf"), x, float("-inf")), 1), 0)
+    reference = tl.where(reference > float("-inf"), reference, 0.0)
+    low, high, drawn_low, drawn_high = reference, reference, reference, reference
+    largest, low_mass, high_mass, drawn_low_mass, drawn_high_mass = low, low, low, low, low
+    b0, b1, b2, b3, b4, b5, b6, b7 = _first_borders(reference, temperature)
     num_passes = 0
     is_open = True
     while is_open:
@@ -234,9 +237,11 @@ def _estimate(x_ptr, vocab, largest, temperature, top_p, uniform, slack_share,
             nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing,
         )  # fmt: skip
         totals = nothing
+        most = tl.full((WIDTH,), float("-inf"), tl.float32)
         for at in range(0, vocab, LINES * WIDTH):
             x = tl.load(x_ptr + at + v, mask=at + v < vocab, other=float("-inf"))
-            mass = tl.exp2((x - largest) * factor)
+            most = tl.maximum(most, tl.max(tl.where(x != x, float("inf"), x), 0))
+            mass = tl.exp2((x - reference) * factor)
             totals += tl.sum(mass, 0)
             s0 += tl.sum(tl.where(x > b0, mass, 0.0), 0)
             s1 += tl.sum(tl.where(x > b1, mass, 0.0), 0)
@@ -246,29 +251,59 @@ def _estimate(x_ptr, vocab, largest, temperature, top_p, uniform, slack_share,
             s5 += tl.sum(tl.where(x > b5, mass, 0.0), 0)
             s6 += tl.sum(tl.where(x > b6, mass, 0.0), 0)
             s7 += tl.sum(tl.where(x > b7, mass, 0.0), 0)
-        total = tl.sum(totals, 0)
-        m0, m1, m2, m3 = tl.sum(s0, 0), tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0)
-        m4, m5, m6, m7 = tl.sum(s4, 0), tl.sum(s5, 0), tl.sum(s6, 0), tl.sum(s7, 0)
-        if num_passes == 0:
-            low_mass, drawn_low_mass = total, total
-        bound, slack = top_p * total, slack_share * total
-        target = uniform * bound
-        low, low_mass, high, high_mass = _tighten_all(
-            low, low_mass, high, high_mass, bound, slack,
-            b0, b1, b2, b3, b4, b5, b6, b7, m0, m1, m2, m3, m4, m5, m6, m7,
-        )  # fmt: skip
-        drawn_low, drawn_low_mass, drawn_high, drawn_high_mass = _tighten_all(
-            drawn_low, drawn_low_mass, drawn_high, drawn_high_mass, target, slack,
-            b0, b1, b2, b3, b4, b5, b6, b7, m0, m1, m2, m3, m4, m5, m6, m7,
-        )  # fmt: skip
-        # Every token between has at least the mass of the lower end.
-        listed = (low_mass - high_mass) / tl.exp2((low - largest) * factor)
-        listed += (drawn_low_mass - drawn_high_mass) / tl.exp2((drawn_low - largest) * factor)
-        num_passes += 1
-        is_open = (listed > 0.9 * CAPACITY) & (num_passes < MAX_ESTIMATES)
-        b0, b1, b2, b3 = _guess(low, low_mass, high, high_mass, bound)
-        b4, b5, b6, b7 = _guess(drawn_low, drawn_low_mass, drawn_high, drawn_high_mass, target)
-    return low, high, drawn_low, drawn_high
+        # Where zeros of both signs lead, 0.0 stands first.
+        largest, total = tl.max(most, 0) + 0.0, tl.sum(totals, 0)
+        is_finite = (largest < float("inf")) & (largest > float("-inf"))
+        if is_finite & (num_passes == 0) & (tl.abs(largest - reference) > 4 * temperature):
+            # Far from what was looked at: begin again from there.
+            reference = largest
+            b0, b1, b2, b3, b4, b5, b6, b7 = _first_borders(reference, temperature)
+        else:
+            m0, m1, m2, m3 = tl.sum(s0, 0), tl.sum(s1, 0), tl.sum(s2, 0), tl.sum(s3, 0)
+            m4, m5, m6, m7 = tl.sum(s4, 0), tl.sum(s5, 0), tl.sum(s6, 0), tl.sum(s7, 0)
+            if num_passes == 0:
+                low, drawn_low, high, drawn_high = _ends(largest, temperature)
+                low_mass, drawn_low_mass, high_mass, drawn_high_mass = total, total, total * 0, total * 0
+            bound, slack = top_p * total, slack_share * total
+            target = uniform * bound
+            low, low_mass, high, high_mass = _tighten_all(
+                low, low_mass, high, high_mass, bound, slack,
+                b0, b1, b2, b3, b4, b5, b6, b7, m0, m1, m2, m3, m4, m5, m6, m7,
+            )  # fmt: skip
+            drawn_low, drawn_low_mass, drawn_high, drawn_high_mass = _tighten_all(
+                drawn_low, drawn_low_mass, drawn_high, drawn_high_mass, target, slack,
+                b0, b1, b2, b3, b4, b5, b6, b7, m0, m1, m2, m3, m4, m5, m6, m7,
+            )  # fmt: skip
+            # Every token between has at least the mass of the lower end.
+            listed = (low_mass - high_mass) / tl.exp2((low - reference) * factor)
+            listed += (drawn_low_mass - drawn_high_mass) / tl.exp2((drawn_low - reference) * factor)
+            num_passes += 1
+            is_open = is_finite & (listed > 0.9 * CAPACITY) & (num_passes < MAX_ESTIMATES)
+            b0, b1, b2, b3 = _guess(low, low_mass, high, high_mass, bound)
+            b4, b5, b6, b7 = _guess(drawn_low, drawn_low_mass, drawn_high, drawn_high_mass, target)
+    return largest, low, high, drawn_low, drawn_high
+
+
+@triton.jit
+def _ends(largest, temperature):
+    """Return where all intervals begin: below the lower end masses are too small to count."""
+    low = largest - 32 * temperature
+    return low, low, largest, largest
+
+
+@triton.jit
+def _first_borders(largest, temperature):
+    """Return eight borders of logits: a mass falls by e with each temperature, most lies within fourteen."""
+    return (
+        largest - 0.7 * temperature,
+        largest - 1.6 * temperature,
+        largest - 2.8 * temperature,
+        largest - 4.2 * temperature,
+        largest - 5.8 * temperature,
+        largest - 7.6 * temperature,
+        largest - 10 * temperature,
+        largest - 14 * temperature,
+    )
 
 
 @triton.jit
@@ -310,7 +345,7 @@ def _list_likely(
 
 @triton.jit(do_not_specialize=["top_p_stride", "uniform_stride"])
 def _draw_nucleus(
-    x_ptr, max_ptr, temperature_ptr, top_p_ptr, min_mass_ptr, uniform_ptr, listed_ptr, ids_ptr, out_ptr,
+    x_ptr, temperature_ptr, top_p_ptr, min_mass_ptr, uniform_ptr, listed_ptr, ids_ptr, out_ptr, status_ptr,
     row_stride, top_p_stride, uniform_stride, vocab, scale, slack_share,
     BITS: tl.constexpr, HAS_MIN: tl.constexpr, CAPACITY: tl.constexpr, MAX_ESTIMATES: tl.constexpr,
     LINES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -319,24 +354,20 @@ def _draw_nucleus(
     x_ptr += row * row_stride
     listed_ptr += row * CAPACITY
     ids_ptr += row * CAPACITY
-    # Where zeros of both signs lead, 0.0 stands first.
-    largest, temperature = tl.load(max_ptr + row) + 0.0, tl.load(temperature_ptr + row)
+    temperature = tl.load(temperature_ptr + row)
     top_p, uniform = tl.load(top_p_ptr + row * top_p_stride), tl.load(uniform_ptr + row * uniform_stride)
-    # A row of NaN or without a finite maximum is the caller's to refuse.
+    largest, low_x, high_x, drawn_low_x, drawn_high_x = _estimate(
+        x_ptr, vocab, temperature, top_p.to(tl.float32), uniform.to(tl.float32), slack_share,
+        CAPACITY, MAX_ESTIMATES, LINES, WIDTH,
+    )  # fmt: skip
+    status = tl.where(largest == float("inf"), BAD_LOGITS, tl.where(largest == float("-inf"), ALL_MASKED, OK))
+    tl.store(status_ptr + row, status.to(tl.int8))
     token = tl.full((), 0, tl.int64)
-    if (largest < float("inf")) & (largest > float("-inf")):
-        low, high, drawn_low, drawn_high = _estimate(
-            x_ptr, vocab, largest, temperature, top_p.to(tl.float32), uniform.to(tl.float32), slack_share,
-            CAPACITY, MAX_ESTIMATES, LINES, WIDTH,
-        )  # fmt: skip
+    if status == OK:
         # Below this nothing has a mass.
         bottom, top = ordered_key(largest - temperature * BITS), ordered_key(largest)
-        low, high, drawn_low, drawn_high = (
-            ordered_key(low),
-            ordered_key(high),
-            ordered_key(drawn_low),
-            ordered_key(drawn_high),
-        )
+        low, high = ordered_key(low_x), ordered_key(high_x)
+        drawn_low, drawn_high = ordered_key(drawn_low_x), ordered_key(drawn_high_x)
         min_mass = tl.full((), 0, tl.int64)
         if HAS_MIN:
             min_mass = tl.load(min_mass_ptr + row)
@@ -398,27 +429,8 @@ def _place_of(x_ptr, size, key, rank, BLOCK: tl.constexpr):
     return place
 
 
-@triton.jit
-def _row_mass(
-    x_ptr, max_ptr, chosen_ptr, total_ptr, rank_ptr, row_stride, vocab, scale,
-    LINES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * row_stride
-    largest, chosen = tl.load(max_ptr + row), tl.load(chosen_ptr + row)
-    v = tl.arange(0, LINES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    totals, greater = tl.zeros((WIDTH,), tl.int64), tl.zeros((WIDTH,), tl.int32)
-    for at in range(0, vocab, LINES * WIDTH):
-        x = tl.load(x_ptr + at + v, mask=at + v < vocab, other=float("-inf"))
-        totals += tl.sum((libdevice.exp(x - largest) * scale).to(tl.int64), 0)
-        greater += tl.sum((x > chosen).to(tl.int32), 0)
-    tl.store(total_ptr + row, tl.sum(totals, 0))
-    tl.store(rank_ptr + row, (tl.sum(greater, 0) + 1).to(tl.int64))
-
-
 def draw_nucleus(
     x_NV: Tensor,
-    max_N: Tensor,
     temperature_N: Tensor,
     top_p_N: Tensor,
     min_mass_N: Tensor | None,
@@ -426,32 +438,23 @@ def draw_nucleus(
     *,
     bits: int,
     capacity: int = CAPACITY,
-) -> Tensor:
-    """Return one token id per row, int64 [N], of float32 logits with adjacent elements. Only enqueues.
+) -> tuple[Tensor, Tensor]:
+    """Return one token id per row, int64 [N], and whether it is sound, int8 [N]. Only enqueues.
 
-    `max_N` is each row's largest logit; temperature is float32, top-p and the noise float64 (columns of wider
-    tensors, if need be), the least mass that min-p allows int64. Lists hold `capacity` tokens.
+    `x_NV` are float32 logits with adjacent elements; temperature is float32, top-p and the noise float64
+    (columns of wider tensors, if need be), the least mass that min-p allows int64. Lists hold `capacity`
+    tokens. A status is 1 where a logit is NaN or infinite, 2 where none is above -inf; then the token is 0.
     """
-    assert max_N.stride(0) == temperature_N.stride(0) == 1
+    assert temperature_N.stride(0) == 1
     rows, vocab = x_NV.shape
     out_N = torch.empty(rows, dtype=torch.int64, device=x_NV.device)
+    status_N = torch.empty(rows, dtype=torch.int8, device=x_NV.device)
     listed = torch.empty(rows, capacity, dtype=torch.float32, device=x_NV.device)
     ids = torch.empty(rows, capacity, dtype=torch.int32, device=x_NV.device)
     _draw_nucleus[(rows,)](
-        x_NV, max_N, temperature_N, top_p_N, top_p_N if min_mass_N is None else min_mass_N, uniform_N,
-        listed, ids, out_N, x_NV.stride(0), top_p_N.stride(0), uniform_N.stride(0), vocab, 2.0**bits, SLACK,
+        x_NV, temperature_N, top_p_N, out_N if min_mass_N is None else min_mass_N, uniform_N, listed, ids,
+        out_N, status_N, x_NV.stride(0), top_p_N.stride(0), uniform_N.stride(0), vocab, 2.0**bits, SLACK,
         BITS=bits, HAS_MIN=min_mass_N is not None, CAPACITY=capacity, MAX_ESTIMATES=MAX_ESTIMATES,
         LINES=LINES, WIDTH=WIDTH, BLOCK=BLOCK, num_warps=WARPS, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    return out_N
-
-
-def row_mass(x_RV: Tensor, max_R: Tensor, chosen_R: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the mass of each row at temperature 1, and 1 + how many logits exceed `chosen_R`; int64 [R]."""
-    rows, vocab = x_RV.shape
-    total_R, rank_R = (torch.empty(rows, dtype=torch.int64, device=x_RV.device) for _ in range(2))
-    _row_mass[(rows,)](
-        x_RV, max_R, chosen_R, total_R, rank_R, x_RV.stride(0), vocab, 2.0**bits,
-        LINES=LINES, WIDTH=WIDTH, num_warps=WARPS,
-    )  # fmt: skip
-    return total_R, rank_R
+    return out_N, status_N

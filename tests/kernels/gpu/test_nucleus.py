@@ -6,8 +6,8 @@ holds the kernel against the sampler's own definition at real sizes.
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,21 +20,23 @@ if HAS_GPU or has_interpreter():
     import triton
     import triton.language as tl
 
-    from slipstream.kernels.gpu import nucleus
+    from slipstream.kernels.gpu import nucleus, row_logprobs
 
     @triton.jit
     def plain_exp(x):  # type: ignore[no-untyped-def]
         return tl.exp(x)
 
 
-Array = np.ndarray[Any, Any]
+# The interpreter's numpy speaks of infinities that a GPU computes with in silence.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
 def exponential(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter has no device library: numpy's exponential stands in, here and in the kernel."""
     if not HAS_GPU:
-        monkeypatch.setattr(nucleus, "libdevice", SimpleNamespace(exp=plain_exp))
+        for file in (nucleus, row_logprobs):
+            monkeypatch.setattr(file, "libdevice", SimpleNamespace(exp=plain_exp))
 
 
 def masses(x: torch.Tensor, temperature: float, bits: int) -> list[int]:
@@ -92,16 +94,19 @@ def call(x: torch.Tensor, columns: dict[str, torch.Tensor], device: str, capacit
     # The sampler has columns of wider tensors.
     wide = torch.stack((columns["uniform"], columns["top_p"], torch.zeros_like(columns["top_p"])), dim=1)
     uniform, top_p, _ = wide.to(device).unbind(1)
-    return nucleus.draw_nucleus(
+    token_ids, status = nucleus.draw_nucleus(
         x.to(device),
-        x.amax(-1).to(device),
         columns["temperature"].to(device),
         top_p,
         least.to(device) if bool(least.any()) else None,
         uniform,
         bits=bits,
         capacity=capacity,
-    ).tolist()
+    )
+    largest = x.amax(-1)
+    bad = torch.where(largest < torch.inf, 0, 1).where(largest != -torch.inf, 2)
+    assert status.tolist() == bad.tolist()
+    return token_ids.tolist()
 
 
 def columns_of(rows: int, seed: int, *, has_min: bool) -> dict[str, torch.Tensor]:
@@ -144,17 +149,43 @@ def test_lists_that_hold_too_little(device: str, capacity: int) -> None:
 def test_a_bad_row_does_no_harm(device: str) -> None:
     x, columns = logits("smooth", 4, 600), columns_of(4, 1, has_min=False)
     expected = call(x, columns, device, 128)
-    x[1], x[2, 7] = torch.nan, torch.inf
+    x[1], x[2, 7] = -torch.inf, torch.inf
     given = call(x, columns, device, 128)
-    assert [given[0], given[3]] == [expected[0], expected[3]]
-    assert all(0 <= token < 600 for token in given)
+    assert given == [expected[0], 0, 0, expected[3]]
+    x[1], x[2, 7] = torch.nan, torch.nan
+    assert call(x, columns, device, 128) == given
 
 
-def test_masses_and_ranks(device: str) -> None:
+def test_the_largest_may_stand_far_above_what_was_looked_at_first(device: str) -> None:
+    """Masses are estimated relative to the first tokens' largest, which may be none at all."""
+    vocab = 5003
+    x, columns = logits("smooth", 3, vocab), columns_of(3, 2, has_min=False)
+    columns["temperature"][:] = 0.3
+    x[0, 4500:4510] = 90.0
+    x[1, :4400], x[1, 4400:] = -torch.inf, x[1, 4400:] - 300
+    x[2, 4800] = 12.0
+    x_there, bits = x.to(device), scale_bits(vocab)
+    expected = [drawn(x_there[row], columns, row, bits) for row in range(3)]
+    assert call(x, columns, device, 8192) == expected
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 5])
+def test_logprobs_of_rows(device: str, num_top: int) -> None:
     x = logits("rounded", 3, 5003)
+    x[1, 9] = -torch.inf
     bits = scale_bits(x.shape[1])
-    x_there = x.to(device)
-    chosen = x[torch.arange(3), torch.tensor([5, 4999, 77])]
-    total, rank = nucleus.row_mass(x_there, x_there.amax(-1), chosen.to(device), bits=bits)
-    assert total.tolist() == [sum(masses(row, 1.0, bits)) for row in x_there]
-    assert rank.tolist() == ((x > chosen[:, None]).sum(-1) + 1).tolist()
+    tokens, status = torch.tensor([5, 9, 77]), torch.tensor([0, 0, 2], dtype=torch.int8)
+    largest, places = x.amax(-1), torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :num_top]
+    listed = (x.gather(1, places).to(device), places.to(device)) if num_top else None
+    packed = row_logprobs.row_logprobs(
+        x.to(device), tokens.to(device), status.to(device), largest.to(device), listed, bits=bits
+    ).cpu()
+    chosen = x.gather(1, tokens[:, None])
+    assert packed[:, 0].tolist() == tokens.tolist() and packed[:, 3].tolist() == status.tolist()
+    assert torch.equal(packed[:, 2].long(), (x > chosen).sum(-1) + 1)
+    assert torch.equal(packed[:, 4 : 4 + num_top].long(), places)
+    totals = torch.tensor([sum(masses(row, 1.0, bits)) for row in x.to(device)], dtype=torch.float64).log()
+    norm = (largest.double() + totals - bits * math.log(2.0))[:, None]
+    # Exact masses; their logarithm may differ in the last bit, and so may sums of some 40.
+    torch.testing.assert_close(packed[:, 1:2], chosen - norm, rtol=0, atol=1e-13)
+    torch.testing.assert_close(packed[:, 4 + num_top :], x.gather(1, places) - norm, rtol=0, atol=1e-13)

@@ -22,6 +22,7 @@ def tables_of(device: str) -> tuple[PenaltyTables, torch.Tensor]:
     for length in (1, 40, 700, 9, 300):
         tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
         slots.append(tables.claim(tokens, max(1, length // 2)))
+    tables._flush()
     # A column of a wider tensor, as the sampler has it.
     return tables, torch.tensor([[slot, -1] for slot in slots], device=device)[:, 0]
 
