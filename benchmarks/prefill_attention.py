@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from slipstream.kernels.gpu.hopper_prefill import hopper_prefill
-from slipstream.kernels.gpu.paged_prefill import paged_prefill
+from slipstream.kernels.gpu.paged_prefill import CUT, paged_prefill
 from slipstream.kernels.paged_decode import NUM_COUNTERS
 from slipstream.kernels.query_tiles import tile_queries
 
@@ -34,16 +34,16 @@ CASES: dict[str, list[tuple[int, int]]] = {
     "8 x 2048": [(2048, 2048)] * 8,
     "1 x 8192": [(8192, 8192)],
     "8192 at 32768": [(8192, 32768)],
-    "256 at 16384": [(256, 16384)],
+    "256 at 8192": [(256, 8192)],
+    "256 at 32768": [(256, 32768)],
     "64 at 4160": [(64, 4160)],
     "ragged": [(100, 1000), (777, 777), (2000, 5000), (31, 4000), (300, 300)],
 }
 VARIANTS: dict[str, Callable[..., None]] = {
-    "triton, uncut": paged_prefill,
-    "triton": lambda *a: paged_prefill(*a, counters()),
+    "as it is": lambda *a: paged_prefill(*a, counters()),
+    "triton": lambda *a: paged_prefill(*a, counters(), CUT),
     "hopper": hopper_prefill,
-    "hopper, 1 warp fetches": lambda *a: hopper_prefill(*a, PRODUCERS=1),
-    "hopper, 64 keys": lambda *a: hopper_prefill(*a, BLOCK_N=64),
+    "hopper, whole contexts": lambda *a: hopper_prefill(*a, wanted=1),
 }
 NUM_RUNS = 20
 

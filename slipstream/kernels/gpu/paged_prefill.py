@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 # The most shares worth joining, and the most heads whose queries one program takes together.
 MAX_SHARES = 32
 MAX_PACK = 16
+# Fewer tiles of a step are cut by heads and context at once, which Hopper's own kernel does not.
+MANY_TILES = 3
 # What a program may take of a multiprocessor's memory where deep queues run, as on an A100 or an H100.
 DEEP_BYTES = 160 << 10
 
@@ -282,6 +284,12 @@ def choose_launch(
     return Launch(whole, pack, tile, 1, 1, 1)
 
 
+def has_full_tiles(q_TNH: Tensor, tiles_M2: Tensor) -> bool:
+    """Say whether tiles are at least half full and many enough for a kernel that takes two at once."""
+    num_tiles = len(tiles_M2)
+    return num_tiles >= MANY_TILES and len(q_TNH) * 2 >= num_tiles * tile_queries(q_TNH.dtype)
+
+
 @functools.cache
 def faster_kernel() -> Any:
     """Return the module of Hopper's own kernel, or None where this triton is too old or too new for it."""
@@ -314,12 +322,14 @@ def paged_prefill(
         return
     bound = table_BC.shape[1] * page_tokens
     bound = min(bound, window + tile_queries(q_TNH.dtype)) if window else bound
-    way = choose_launch(q_TNH, len(tiles_M2), heads // kv_heads, bound, cut, may_cut=counters is not None)
-    faster = faster_kernel() if way.wanted == 1 and cut is None and counters is not None else None
+    faster = (
+        faster_kernel() if counters is not None and cut is None and has_full_tiles(q_TNH, tiles_M2) else None
+    )
     if faster is not None and faster.serves(q_TNH, kv_P2tKH):
         places = (table_BC, seq_lens_B, query_start_B, tiles_M2)
         faster.hopper_prefill(q_TNH, kv_P2tKH, *places, out_TNH, scale, window, softcap)
         return
+    way = choose_launch(q_TNH, len(tiles_M2), heads // kv_heads, bound, cut, may_cut=counters is not None)
     cut, block_h = way.cut, max(16, 1 << (size - 1).bit_length())
     grid = (len(tiles_M2) * way.subs, heads // way.pack, way.shares)
     part = stats = zeros = q_TNH

@@ -58,6 +58,21 @@ def test_soft_caps(monkeypatch: pytest.MonkeyPatch, softcap: float) -> None:
     check(monkeypatch, softcap=softcap, **shape)
 
 
+@pytest.mark.parametrize("wanted", [1, 2, 16])
+@pytest.mark.parametrize("window", [0, 3000])
+def test_shares_of_long_contexts(monkeypatch: pytest.MonkeyPatch, window: int, wanted: int) -> None:
+    from slipstream.kernels.gpu.hopper_prefill import hopper_prefill
+
+    monkeypatch.setattr(
+        backend_file, "paged_prefill_op", lambda *given: hopper_prefill(*given[:10], wanted=wanted)
+    )
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": 128, "kv_dtype": torch.bfloat16, "block_tokens": 32}
+    spans = ((3, 1100), (64, 4160), (130, 5000), (300, 3000))
+    case = Case(device="cuda", spans=spans, window=window, dtype=torch.bfloat16, **shape)  # type: ignore[arg-type]
+    given, expected = run_paged(case, TritonAttention())
+    assert float((given.double() - expected).abs().max()) <= TOLERANCE[torch.bfloat16]
+
+
 def test_long_prompts_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from slipstream.kernels.gpu import hopper_prefill
 
