@@ -28,10 +28,13 @@ from typing import Any
 
 import torch
 
+from slipstream.kernels import shared_prefix as prefix_file
 from slipstream.kernels.balanced_decode import balanced_decode_op
 from slipstream.kernels.decode_borders import decode_borders_op
 from slipstream.kernels.decode_shares import keys_of_unit, num_programs
 from slipstream.kernels.gpu import balanced_decode as balanced_file
+from slipstream.kernels.gpu import shared_prefix_decode as prefix_kernel_file
+from slipstream.kernels.gpu import shared_prefix_decode as shared_file
 from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode, paged_decode_op
 from slipstream.kernels.shared_prefix import PrefixLayout, SharedGroup
 from slipstream.kernels.shared_prefix import num_programs as num_prefix_programs
@@ -191,13 +194,34 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 # Programs a multiprocessor, registers of a thread, blocks on their way.
-VARIANTS = [(4, 128, 3), (4, 128, 4), (4, 128, 2), (3, 168, 3), (3, 168, 4), (2, 255, 4), (5, 96, 3)]
+VARIANTS = [(4, 128, 3), (4, 128, 4), (4, 128, 5), (3, 168, 3), (3, 168, 5), (2, 255, 5)]
+SHARED_STAGES = (3, 4, 5, 6)
+
+
+# Lines of a tile over a shared beginning, and programs a multiprocessor.
+PREFIX_VARIANTS = [(64, 2), (128, 1), (64, 1), (128, 2)]
+
+
+def vary_prefixes() -> None:
+    """Print what other tiles over shared beginnings give."""
+    for case in cases():
+        if not case.groups:
+            continue
+        times = []
+        for lines, per_sm in PREFIX_VARIANTS:
+            prefix_file.TILE_LINES = prefix_kernel_file.TILE_LINES = lines
+            prefix_file.PROGRAMS_PER_SM = per_sm
+            num_prefix_programs.cache_clear()
+            layers = Layers(case)
+            times.append((layers.time_us(layers.sharing), (lines, per_sm)))
+        times.sort()
+        print(f"{case.name}: " + " | ".join(f"{us:.1f} {what}" for us, what in times), flush=True)
 
 
 def vary() -> None:
     """Print what other numbers of programs, registers and stages give."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    chosen = [case for case in cases() if case.name.split()[0] in ("even", "ragged", "8")]
+    chosen = [case for case in cases() if case.name.split()[0] in ("even", "ragged")]
     for case in chosen:
         layers = Layers(case)
         times = []
@@ -208,6 +232,13 @@ def vary() -> None:
         times.sort()
         print(f"{case.name}: " + " | ".join(f"{us:.1f} {what}" for us, what in times), flush=True)
     balanced_file.MAX_REGISTERS, balanced_file.STAGES = VARIANTS[0][1:]
+    for case in (case for case in cases() if case.groups):
+        layers, times = Layers(case), []
+        for stages in SHARED_STAGES:
+            shared_file.STAGES = stages
+            times.append((layers.time_us(layers.sharing), stages))
+        times.sort()
+        print(f"{case.name}: " + " | ".join(f"{us:.1f} {n} stages" for us, n in times), flush=True)
 
 
 def main() -> None:
@@ -221,6 +252,7 @@ def main() -> None:
     rows = [measure(case) for case in cases()]
     if given.variants:
         vary()
+        vary_prefixes()
     if given.out is not None:
         record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

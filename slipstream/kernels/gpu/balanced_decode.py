@@ -35,6 +35,8 @@ from slipstream.kernels.gpu.paged_decode import (
 MAX_REGISTERS = 128
 # Blocks of keys on their way while one is worked on.
 STAGES = 3
+# Of a row's own parts; more at once would take registers from the blocks of keys.
+PARTS_AT_ONCE = 4
 
 
 class PrefixParts(NamedTuple):
@@ -224,6 +226,9 @@ def balanced_decode(
     assert programs < len(counters), "a counter for each border"
     part, stats = make_lines(2 * programs * group, size, q_RNH.device)
     found = prefixes or PrefixParts(borders, part, stats, 1)
+    parts = parts_at_once(group, size)
+    if prefixes is None:
+        parts = min(parts, PARTS_AT_ONCE)
     is_exact, block_h = q_RNH.dtype == torch.float32, max(16, triton.next_power_of_2(size))
     _balanced[(programs,)](
         q_RNH, kv_P2tKH, table_RC, seq_lens_R, borders, out_RNH, part, stats, counters, found.rows_5R,
@@ -232,7 +237,7 @@ def balanced_decode(
         found.rows_5R.stride(0), scale * LOG2_E, softcap * LOG2_E if softcap else 1.0, window, rows,
         K=kv_heads, GROUP=group, HEAD=size, PAGE=page_tokens, LINES=found.lines, SHORTEST=SHORTEST,
         BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_N=keys_of_unit(q_RNH.dtype, size),
-        BLOCK_H=block_h, BLOCK_S=parts_at_once(group, size), HAS_PREFIXES=prefixes is not None,
+        BLOCK_H=block_h, BLOCK_S=parts, HAS_PREFIXES=prefixes is not None,
         HAS_CAP=softcap > 0, IS_EXACT=is_exact, num_warps=4, num_stages=2 if is_exact else STAGES,
         maxnreg=MAX_REGISTERS, **launch_options(q_RNH),
     )  # fmt: skip

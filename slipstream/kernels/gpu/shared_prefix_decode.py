@@ -22,6 +22,10 @@ from slipstream.kernels.gpu.launching import launch_options, start_next, wait_fo
 from slipstream.kernels.gpu.paged_decode import LOG2_E, attend_share
 from slipstream.kernels.shared_prefix import TILE_LINES, num_programs
 
+LINES_OF_WARP = 16
+
+# Keys' pages are looked up two blocks ahead of them, and keys asked for two blocks ahead of their product.
+STAGES = 5
 
 @triton.jit
 def _attend_entries(
@@ -82,7 +86,7 @@ def shared_prefix_decode(
         K=kv_heads, GROUP=heads // kv_heads, HEAD=size, PAGE=page_tokens, LINES=TILE_LINES,
         BLOCK_N=16 if is_exact else keys_of_unit(q_RNH.dtype, size),
         BLOCK_H=max(16, triton.next_power_of_2(size)), HAS_CAP=softcap > 0, IS_EXACT=is_exact,
-        num_warps=8 if is_exact else 4, num_stages=1 if is_exact else 3,
+        num_warps=8 if is_exact else TILE_LINES // LINES_OF_WARP, num_stages=1 if is_exact else STAGES,
         **launch_options(q_RNH),
     )  # fmt: skip
     balanced_decode(
