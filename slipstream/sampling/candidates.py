@@ -64,9 +64,14 @@ def leading(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids.clamp_(max=vocab_size - 1)
 
 
+def runs_kernels(x_RV: Tensor) -> bool:
+    """Say whether these logits are a GPU's, and kernels can be compiled for it."""
+    return x_RV.is_cuda and has_triton()
+
+
 def has_kernels(x_RV: Tensor, k: int) -> bool:
     """Say whether kernels of a GPU find the k leaders; then a row with NaN is led by infinity."""
-    if not x_RV.is_cuda or not has_triton():
+    if not runs_kernels(x_RV):
         return False
     from slipstream.kernels.gpu.leaders import can_lead
 

@@ -19,8 +19,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from slipstream.kernels.registration import has_triton
-from slipstream.sampling.candidates import heavy, leading, searched
+from slipstream.sampling.candidates import heavy, leading, runs_kernels, searched
 from slipstream.sampling.weights import draw, passing, scale_bits, target_of, weigh
 
 FIRST_CANDIDATES = 64
@@ -84,13 +83,9 @@ def draw_top_k(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, max_k: 
 
 def draw_top_p(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_min_p: bool = True) -> Tensor:
     """Return one token id per row, int64 [N]; no row has a top_k. A GPU has a kernel that orders nothing."""
-    if not has_nucleus_kernel(x_NV):
+    if not runs_kernels(x_NV):
         return draw_top_p_in_order(x_NV, uniform_N, params)
     return judge_and_draw_top_p(x_NV, uniform_N, params, has_min_p=has_min_p)[0]
-
-
-def has_nucleus_kernel(x_NV: Tensor) -> bool:
-    return x_NV.is_cuda and has_triton()
 
 
 def judge_and_draw_top_p(

@@ -12,8 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from slipstream.kernels.registration import has_triton
-from slipstream.sampling.candidates import leading
+from slipstream.sampling.candidates import leading, runs_kernels
 from slipstream.sampling.filters import slices
 from slipstream.sampling.weights import log_sum_exp, scale_bits
 
@@ -40,7 +39,7 @@ def pack_logprobs(
 
     On a GPU `leaders` are the `num_top` leaders where they are known already.
     """
-    if raw_LV.is_cuda and has_triton():
+    if runs_kernels(raw_LV):
         if num_top and leaders is None:
             leaders = Leaders.of(raw_LV, num_top)
         return _pack_by_kernel(raw_LV, token_ids_L, status_L, leaders)

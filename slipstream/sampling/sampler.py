@@ -30,13 +30,12 @@ from slipstream.sampling.base import (
     SampleOutput,
 )
 from slipstream.sampling.batch import Batch, Group, takes_the_greatest
-from slipstream.sampling.candidates import greatest, has_kernels
+from slipstream.sampling.candidates import greatest, has_kernels, runs_kernels
 from slipstream.sampling.continuations import pack_continuations
 from slipstream.sampling.filters import (
     draw_full,
     draw_top_k,
     draw_top_p,
-    has_nucleus_kernel,
     judge_and_draw_top_p,
 )
 from slipstream.sampling.greedy import draw_greatest, status_of
@@ -147,7 +146,7 @@ class Sampler:
         is_undone = batch.wants_all_logprobs and batch.has_sparse_edits_only and not is_edited_outside
         leaders = self._leaders(logits_RV, batch)
         raw_LV = self._raw(logits_RV, batch, is_overwritten=has_edits and not is_undone)
-        if batch.is_one_nucleus and not is_edited_outside and has_nucleus_kernel(logits_RV):
+        if batch.is_one_nucleus and not is_edited_outside and runs_kernels(logits_RV):
             choice = self._choose_at_once(logits_RV, batch)
         else:
             choice = self._choose(logits_RV, batch, leaders, masks, edit)

@@ -26,8 +26,16 @@ def logits(kind: str, vocab: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("kind", ["smooth", "rounded", "zeros of both signs", "masked"])
-@pytest.mark.parametrize(("vocab", "k"), [(4099, 1), (4099, 5), (1100, 8), (9000, 30)])
+@pytest.mark.parametrize(
+    ("kind", "vocab", "k"),
+    [
+        ("smooth", 4099, 1),
+        ("smooth", 9000, 18),
+        ("rounded", 4099, 5),
+        ("zeros of both signs", 4099, 5),
+        ("masked", 1100, 8),
+    ],
+)
 def test_leaders_are_those_of_the_order(device: str, kind: str, vocab: int, k: int) -> None:
     x = logits(kind, vocab)
     values, ids = leaders(x.to(device), k)

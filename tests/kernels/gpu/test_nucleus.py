@@ -139,15 +139,15 @@ def test_tokens_are_those_of_the_definition(device: str, kind: str, vocab: int, 
 @pytest.mark.parametrize("capacity", [8, 256])
 def test_lists_that_hold_too_little(device: str, capacity: int) -> None:
     """Then the whole row is searched, for one question or for both."""
-    x, columns = logits("rounded", 4, 2100), columns_of(4, 9, has_min=False)
+    x, columns = logits("rounded", 2, 2100), columns_of(2, 9, has_min=False)
     bits = scale_bits(x.shape[1])
     x_there = x.to(device)
-    expected = [drawn(x_there[row], columns, row, bits) for row in range(4)]
+    expected = [drawn(x_there[row], columns, row, bits) for row in range(2)]
     assert call(x, columns, device, capacity) == expected
 
 
 def test_a_bad_row_does_no_harm(device: str) -> None:
-    x, columns = logits("smooth", 4, 600), columns_of(4, 1, has_min=False)
+    x, columns = logits("smooth", 4, 300), columns_of(4, 1, has_min=False)
     expected = call(x, columns, device, 128)
     x[1], x[2, 7] = -torch.inf, torch.inf
     given = call(x, columns, device, 128)
