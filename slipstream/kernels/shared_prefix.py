@@ -107,22 +107,25 @@ class PrefixLayout:
         entries, members = views.entries_E5.numpy(), views.members_R.numpy()
         rows_5R = views.rows_5R.numpy()
         chunk = self._chunk(groups)
-        entry = member = 0
+        lines: list[tuple[int, ...]] = []
+        member = 0
         for rows, tokens in groups:
             starts = range(0, len(rows), self.rows_of_entry)
-            chunks = -(-tokens // chunk)
+            bounds = [(low, min(tokens, low + chunk)) for low in range(0, tokens, chunk)]
+            place = np.arange(len(rows))
             members[member : member + len(rows)] = rows
-            for tile, at in enumerate(starts):
-                tile_rows = rows[at : at + self.rows_of_entry]
-                for i in range(chunks):
-                    last = min(tokens, (i + 1) * chunk)
-                    line = (member + at, len(tile_rows), rows[0], i * chunk, last)
-                    entries[entry + i * len(starts) + tile] = line
-                for place, row in enumerate(tile_rows):
-                    rows_5R[:, row] = (tokens, entry + tile, chunks, len(starts), place)
-            entry += chunks * len(starts)
+            rows_5R[0, rows] = tokens
+            rows_5R[1, rows] = len(lines) + place // self.rows_of_entry
+            rows_5R[2, rows] = len(bounds)
+            rows_5R[3, rows] = len(starts)
+            rows_5R[4, rows] = place % self.rows_of_entry
+            sizes = [min(self.rows_of_entry, len(rows) - at) for at in starts]
+            tiles = [(member + at, size, rows[0]) for at, size in zip(starts, sizes, strict=True)]
+            lines += [(*tile, *bound) for bound in bounds for tile in tiles]
             member += len(rows)
-        packed[0] = entry
+        if lines:
+            entries[: len(lines)] = lines
+        packed[0] = len(lines)
         return packed
 
     def _chunk(self, groups: Sequence[SharedGroup]) -> int:
