@@ -15,6 +15,9 @@ from collections.abc import Sequence
 
 # Weight of the newest step in a mean.
 NEWEST = 0.5
+# A chunk is at most so many times as long as one whose cost is known: as long as a step waits for weights
+# anyway, tokens seem to cost nothing.
+MAX_GROWTH = 1.5
 
 
 class Pacing:
@@ -30,6 +33,9 @@ class Pacing:
         # Of a prompt token beside decoding rows, at about the size of the last chunks.
         self._token_s: float | None = None
         self._last_budget = min_chunk
+        # The last chunk that was about as long as it might have been, what it cost, and what each token cost
+        # that it had more than the one before.
+        self._known_chunk, self._known_s, self._more_s = min_chunk, 0.0, 0.0
 
     def observe(self, *, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
         """Take in how long a step took."""
@@ -39,9 +45,19 @@ class Pacing:
             return
         decode_s = self._decode_time(num_decodes) or 0.0
         token_s = max(seconds - decode_s, 0.0) / num_prefill_tokens
-        # A short chunk is nearly all overhead: it says little about the next long one.
-        weight = NEWEST * min(1.0, num_prefill_tokens / self._last_budget)
+        # What has become dearer keeps readers waiting, so it counts at once. A short chunk is nearly all
+        # overhead: it says little about the next long one.
+        newest = NEWEST if self._token_s is not None and token_s < self._token_s else 1.0
+        weight = newest * min(1.0, num_prefill_tokens / self._last_budget)
         self._token_s = _mean(self._token_s, token_s, weight)
+        if MAX_GROWTH * num_prefill_tokens >= self._last_budget:
+            self._know(num_prefill_tokens, max(seconds - decode_s, 0.0))
+
+    def _know(self, chunk: int, seconds: float) -> None:
+        more = chunk - self._known_chunk
+        if more > 0:
+            self._more_s = max(0.0, seconds - self._known_s) / more
+        self._known_chunk, self._known_s = chunk, seconds
 
     def budget(self, *, num_decodes: int, num_prompts: int) -> int | None:
         """Return how many prompt tokens a step may run beside `num_decodes` rows, None for any number.
@@ -55,9 +71,17 @@ class Pacing:
             return self._min_chunk
         stretch = self._stretch * max(1.0, num_prompts / num_decodes)
         spare_s = (stretch - 1.0) * decode_s
-        tokens = self._min_chunk if self._token_s == 0.0 else int(spare_s / self._token_s)
-        self._last_budget = max(self._even(tokens), self._min_chunk)
+        self._last_budget = max(self._even(self._affordable(spare_s, self._token_s)), self._min_chunk)
         return self._last_budget
+
+    def _affordable(self, spare_s: float, token_s: float) -> int:
+        """Return how many tokens fit; more than are known to fit only if each more cost what the last did."""
+        known = self._known_chunk
+        place = bisect.bisect_right(self._even_chunks, known)
+        longest = max(int(MAX_GROWTH * known), *self._even_chunks[place : place + 1], self._min_chunk)
+        if self._more_s > 0.0 and spare_s > self._known_s:
+            longest = min(longest, known + int((spare_s - self._known_s) / self._more_s))
+        return longest if token_s * longest <= spare_s else int(spare_s / token_s)
 
     def _even(self, tokens: int) -> int:
         """Return the largest number that runs without padding; beyond them all steps are not padded."""

@@ -123,3 +123,45 @@ def test_whole_prompts_cannot_be_paced() -> None:
         EngineConfig(
             model="x", enable_chunked_prefill=False, scheduler_config=SchedulerConfig(max_decode_stretch=2.0)
         )
+
+
+EVEN = (64, 128, 192, 256, 384, 512, 768, 1024)
+
+
+def bound_by_weights_first(tokens: int, context: int) -> float:
+    """A device that reads weights for 5.6 ms anyway; attention costs more the longer the context is."""
+    products_s = max(5.6e-3, 20e-6 * (32 + tokens))
+    return products_s + 1.2e-3 + 1.5e-9 * tokens * (context + tokens / 2)
+
+
+@pytest.mark.parametrize("even_chunks", [(), EVEN], ids=["any", "even"])
+def test_a_long_prompt_never_stalls_readers_though_short_pieces_seem_free(
+    even_chunks: tuple[int, ...],
+) -> None:
+    """Two steps outstanding: each chunk is planned before the one before it is seen."""
+    pacing = Pacing(max_decode_stretch=2.0, min_chunk=64, even_chunks=even_chunks)
+    decode_s = bound_by_weights_first(0, 0)
+    pacing.observe(num_decodes=32, num_prefill_tokens=0, seconds=decode_s)
+    chunks: list[int] = []
+    times: list[float] = []
+    while sum(chunks) < 32_000:
+        chunk = pacing.budget(num_decodes=32, num_prompts=1) or 0
+        times.append(bound_by_weights_first(chunk, sum(chunks)))
+        chunks.append(chunk)
+        if len(chunks) > 1:
+            pacing.observe(num_decodes=32, num_prefill_tokens=chunks[-2], seconds=times[-2])
+    # A step in a hundred may take a sixth more than it should, when the first chunk of its length runs.
+    assert max(times) < 1.25 * 2.0 * decode_s
+    assert sorted(times)[int(0.98 * len(times))] < 1.17 * 2.0 * decode_s
+    # And time is not wasted: about what the stretch allows.
+    assert sum(times) < 2.4 and max(chunks) >= 384 and chunks[:2] == [64, 64]
+    assert not even_chunks or set(chunks) <= set(EVEN)
+
+
+def test_what_became_dearer_counts_at_once() -> None:
+    pacing = Pacing(max_decode_stretch=2.0, min_chunk=64)
+    learn(pacing, num_decodes=32, num_prompts=1)
+    before = pacing.budget(num_decodes=32, num_prompts=1) or 0
+    pacing.observe(num_decodes=32, num_prefill_tokens=before, seconds=DECODE_S + 4 * TOKEN_S * before)
+    after = pacing.budget(num_decodes=32, num_prompts=1) or 0
+    assert after == pytest.approx(DECODE_S / (4 * TOKEN_S), rel=0.02) and after < before / 3
