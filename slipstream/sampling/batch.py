@@ -118,12 +118,10 @@ class Batch:
             bias or early or self.penalised or self.allowed or bad or self.ngrams or self.sequences
         )
         self.has_sparse_edits_only = not (self.allowed or self.ngrams or self.sequences)
-        # Whether every row draws from a nucleus, of logits that nothing masks.
-        has_masks = bool(early or bad) or not self.has_sparse_edits_only
-        is_nucleus = len(self.groups) == 1 and self.groups[0].kind == "top_p"
-        self.is_one_nucleus = (
-            is_nucleus and self.groups[0].is_whole_batch and not has_masks and not self.num_candidates
-        )
+        self.has_masks = bool(early or bad) or not self.has_sparse_edits_only
+        # Whether every row draws in the same way, and none from a list of the leading tokens.
+        is_whole = len(self.groups) == 1 and self.groups[0].is_whole_batch
+        self.can_draw_at_once = is_whole and self.groups[0].kind != "top_k" and not self.num_candidates
         self.is_plain_greedy = not (
             self.groups or self.has_edits or self.num_top or self.num_candidates or self.pending
         )

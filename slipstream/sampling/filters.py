@@ -55,6 +55,13 @@ def slices(x_NV: Tensor, width: int | None = None) -> list[slice]:
 
 def draw_full(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_min_p: bool) -> Tensor:
     """Return one token id per row, int64 [N], from all tokens (at or above min-p)."""
+    if not runs_kernels(x_NV):
+        return draw_full_by_tensors(x_NV, uniform_N, params, has_min_p=has_min_p)
+    return judge_and_draw(x_NV, uniform_N, params, has_top_p=False, has_min_p=has_min_p)[0]
+
+
+def draw_full_by_tensors(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_min_p: bool) -> Tensor:
+    """Return what `draw_full` does: the definition."""
     bits = scale_bits(x_NV.shape[1])
     drawn: list[Tensor] = []
     for rows in slices(x_NV):
@@ -85,18 +92,24 @@ def draw_top_p(x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_min
     """Return one token id per row, int64 [N]; no row has a top_k. A GPU has a kernel that orders nothing."""
     if not runs_kernels(x_NV):
         return draw_top_p_in_order(x_NV, uniform_N, params)
-    return judge_and_draw_top_p(x_NV, uniform_N, params, has_min_p=has_min_p)[0]
+    return judge_and_draw(x_NV, uniform_N, params, has_top_p=True, has_min_p=has_min_p)[0]
 
 
-def judge_and_draw_top_p(
-    x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_min_p: bool
+def judge_and_draw(
+    x_NV: Tensor, uniform_N: Tensor, params: FilterParams, *, has_top_p: bool, has_min_p: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return token ids and statuses, int8 [N], by the kernel; a row whose status is not OK has token 0."""
-    from slipstream.kernels.gpu.nucleus import draw_nucleus
+    """Return token ids and statuses, int8 [N], of rows without top_k, by one kernel of a GPU.
+
+    A row whose status is not OK has token 0.
+    """
+    from slipstream.kernels.gpu import full_draw, nucleus
 
     bits = scale_bits(x_NV.shape[1])
     min_mass = _min_weight(params.min_p_N, bits) if has_min_p else None
-    return draw_nucleus(x_NV, params.temperature_N, params.top_p_N, min_mass, uniform_N, bits=bits)
+    if has_top_p:
+        columns = (params.temperature_N, params.top_p_N, min_mass, uniform_N)
+        return nucleus.draw_nucleus(x_NV, *columns, bits=bits)
+    return full_draw.draw_full(x_NV, params.temperature_N, min_mass, uniform_N, bits=bits)
 
 
 def draw_top_p_in_order(x_NV: Tensor, uniform_N: Tensor, params: FilterParams) -> Tensor:

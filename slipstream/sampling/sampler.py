@@ -36,7 +36,7 @@ from slipstream.sampling.filters import (
     draw_full,
     draw_top_k,
     draw_top_p,
-    judge_and_draw_top_p,
+    judge_and_draw,
 )
 from slipstream.sampling.greedy import draw_greatest, status_of
 from slipstream.sampling.history import TokenHistory, mask_completions, mask_repeats
@@ -146,8 +146,8 @@ class Sampler:
         is_undone = batch.wants_all_logprobs and batch.has_sparse_edits_only and not is_edited_outside
         leaders = self._leaders(logits_RV, batch)
         raw_LV = self._raw(logits_RV, batch, is_overwritten=has_edits and not is_undone)
-        if batch.is_one_nucleus and not is_edited_outside and runs_kernels(logits_RV):
-            choice = self._choose_at_once(logits_RV, batch)
+        if batch.can_draw_at_once and runs_kernels(logits_RV):
+            choice = self._choose_at_once(logits_RV, batch, leaders, masks, edit)
         else:
             choice = self._choose(logits_RV, batch, leaders, masks, edit)
         if is_undone:
@@ -158,15 +158,34 @@ class Sampler:
         packed = _packed(raw_LV, batch, token_ids, status, leaders)
         return SampleOutput(token_ids, status, packed, choice.continuations)
 
-    def _choose_at_once(self, logits_RV: Tensor, batch: Batch) -> Choice:
+    def _choose_at_once(
+        self,
+        logits_RV: Tensor,
+        batch: Batch,
+        leaders: Leaders | None,
+        masks: Tensor | None,
+        edit: Callable[[Tensor], None] | None,
+    ) -> Choice:
         """Draw where one kernel judges every row's logits and draws its token.
 
-        Biases and penalties are finite: they leave NaN and infinity what they are.
+        Biases and penalties leave NaN and infinity what they are; what may hide one is looked behind first.
         """
-        undo = self._edit(logits_RV, batch)
+        raw_status = None
+        if batch.has_masks or masks is not None or edit is not None:
+            first = leaders or Leaders.of(logits_RV, 1)
+            raw_status = status_of(first.first()[0])
+        if edit is not None:
+            edit(logits_RV)
+        undo = self._edit(logits_RV, batch) + self._mask(logits_RV, batch, masks)
         (group,), noise = batch.groups, batch.uniform(self._philox)
-        drawn = judge_and_draw_top_p(logits_RV, noise, group.params, has_min_p=group.has_min_p)
-        return Choice(*drawn, undo)
+        has_top_p = group.kind == "top_p"
+        token_ids, status = judge_and_draw(
+            logits_RV, noise, group.params, has_top_p=has_top_p, has_min_p=group.has_min_p
+        )
+        if raw_status is not None:
+            status = torch.where(raw_status != OK, raw_status, status)
+            token_ids = token_ids.masked_fill(status != OK, 0)
+        return Choice(token_ids, status, undo)
 
     def _choose(
         self,

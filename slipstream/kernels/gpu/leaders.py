@@ -20,7 +20,7 @@ from slipstream.kernels.gpu.nucleus import ordered_key, value_of_key
 BLOCK = 64
 # Blocks that a program of the first kernel looks at.
 BLOCKS = 64
-MAX_LEADERS = 32
+MAX_LEADERS = 128
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def leaders(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     )
     _lead[(rows,)](
         x_RV, maxima, values, ids, x_RV.stride(0), vocab, num_blocks, K=k,
-        BLOCKS_CEIL=triton.next_power_of_2(num_blocks), BLOCK=BLOCK, num_warps=4,
+        BLOCKS_CEIL=triton.next_power_of_2(num_blocks), BLOCK=BLOCK, num_warps=8 if k > 16 else 4,
     )  # fmt: skip
     return values[:, :wanted], ids[:, :wanted]
 

@@ -50,9 +50,15 @@ def value_of_key(key):
 
 
 @triton.jit
-def _mass(x, largest, temperature, scale):
+def integer_mass(x, largest, temperature, scale):
     """Return the integer masses of logits."""
     return (libdevice.exp(tl.div_rn(x - largest, temperature)) * scale).to(tl.int64)
+
+
+@triton.jit
+def status_of(largest):
+    """Return int32: whether a row with this largest logit, infinity where one is NaN, can be drawn from."""
+    return tl.where(largest == float("inf"), BAD_LOGITS, tl.where(largest == float("-inf"), ALL_MASKED, OK))
 
 
 @triton.jit
@@ -102,7 +108,7 @@ def _find(
             x = tl.load(x_ptr + at + v, mask=at + v < size, other=float("-inf"))
             key = ordered_key(x)
             inside = (key >= low) & (key <= high) & (at + v < size)
-            mass = tl.where(inside, _mass(x, largest, temperature, scale), 0)
+            mass = tl.where(inside, integer_mass(x, largest, temperature, scale), 0)
             s1 += tl.where(key > b1, mass, 0)
             s2 += tl.where(key > b2, mass, 0)
             s3 += tl.where(key > b3, mass, 0)
@@ -163,7 +169,7 @@ def _answer(
             source, size, largest, temperature, scale, first, last, base, bound, target, IS_BOUND, BLOCK
         )
         # The next smaller logit, wherever it is, must not be an answer too.
-        through = before + count.to(tl.int64) * _mass(value_of_key(found), largest, temperature, scale)
+        through = before + count.to(tl.int64) * integer_mass(value_of_key(found), largest, temperature, scale)
         is_certain = (count > 0) & (_is_below(through, bound, target, IS_BOUND) == 0)
         is_open = is_listed & (is_certain == 0)
         is_listed = is_listed & is_certain
@@ -324,7 +330,7 @@ def _list_likely(
         is_token = at + v < vocab
         x = tl.load(x_ptr + at + v, mask=is_token, other=float("-inf"))
         key = ordered_key(x)
-        mass = _mass(x, largest, temperature, scale)
+        mass = integer_mass(x, largest, temperature, scale)
         totals += tl.sum(tl.reshape(mass, (2, WIDTH)), 0)
         aboves += tl.sum(tl.reshape(tl.where(key > high, mass, 0), (2, WIDTH)), 0)
         drawn_aboves += tl.sum(tl.reshape(tl.where(key > drawn_high, mass, 0), (2, WIDTH)), 0)
@@ -360,7 +366,7 @@ def _draw_nucleus(
         x_ptr, vocab, temperature, top_p.to(tl.float32), uniform.to(tl.float32), slack_share,
         CAPACITY, MAX_ESTIMATES, LINES, WIDTH,
     )  # fmt: skip
-    status = tl.where(largest == float("inf"), BAD_LOGITS, tl.where(largest == float("-inf"), ALL_MASKED, OK))
+    status = status_of(largest)
     tl.store(status_ptr + row, status.to(tl.int8))
     token = tl.full((), 0, tl.int64)
     if status == OK:
@@ -382,7 +388,7 @@ def _draw_nucleus(
             x_ptr, vocab, listed_ptr, num_listed, largest, temperature, scale, bottom, top, low, high,
             above, bound, total, True, BLOCK,
         )  # fmt: skip
-        own = _mass(value_of_key(end), largest, temperature, scale)
+        own = integer_mass(value_of_key(end), largest, temperature, scale)
         # How many of the tokens at the end are inside: the first always, others while the bound holds.
         inside, outside = tl.full((), 1, tl.int32), count + 1
         while outside - inside > 1:
@@ -400,7 +406,7 @@ def _draw_nucleus(
             x_ptr, vocab, listed_ptr, num_listed, largest, temperature, scale, end, top, drawn_low,
             drawn_high, drawn_above, bound, target, False, BLOCK,
         )  # fmt: skip
-        own = tl.maximum(_mass(value_of_key(drawn), largest, temperature, scale), 1)
+        own = tl.maximum(integer_mass(value_of_key(drawn), largest, temperature, scale), 1)
         rank = ((target - before) // own).to(tl.int32)
         source, size = x_ptr, vocab
         if is_drawn_listed:
@@ -445,7 +451,7 @@ def draw_nucleus(
     (columns of wider tensors, if need be), the least mass that min-p allows int64. Lists hold `capacity`
     tokens. A status is 1 where a logit is NaN or infinite, 2 where none is above -inf; then the token is 0.
     """
-    assert temperature_N.stride(0) == 1
+    assert temperature_N.is_contiguous()
     rows, vocab = x_NV.shape
     out_N = torch.empty(rows, dtype=torch.int64, device=x_NV.device)
     status_N = torch.empty(rows, dtype=torch.int8, device=x_NV.device)

@@ -37,13 +37,18 @@ HOT = RowSampling(temperature=0.8, top_p=0.9)
 # Draws of these seeds are far from every boundary, which the devices' exponentials move by 1e-7 of the mass.
 WORK = {
     "sampled": [HOT] * 3,
+    "from all, masks": [
+        RowSampling(temperature=0.9, min_p=0.02),
+        RowSampling(temperature=1.3, bad_ids=(3, 700), logprobs=2),
+        RowSampling(temperature=0.7, min_tokens=2, stop_ids=(5, 6)),
+    ],
     "penalties and logprobs": [
         RowSampling(temperature=0.8, top_p=0.95, repetition_penalty=1.3, logprobs=5),
         RowSampling(temperature=1.5, top_p=0.5, frequency_penalty=0.5, logprobs=2),
         RowSampling(temperature=0.3, top_p=0.9, min_p=0.1, logit_bias=((7, 3.0), (8, -2.0)), logprobs=0),
     ],
     "logprobs of some, masks": [
-        HOT,
+        RowSampling(temperature=0.9, top_k=20, top_p=0.9),
         RowSampling(logprobs=3, bad_ids=(3, 4)),
         RowSampling(temperature=1.0, top_p=0.8, min_tokens=2, stop_ids=(5, 6), logprobs=1),
     ],
