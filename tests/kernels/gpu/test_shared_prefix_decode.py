@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 
-from slipstream.kernels.decode_borders import decode_borders
+from slipstream.kernels.decode_borders import decode_borders as definition_of_borders
 from slipstream.kernels.decode_shares import keys_of_unit, num_programs
 from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode
 from slipstream.kernels.shared_prefix import SharedGroup
@@ -19,6 +19,7 @@ from tests.kernels.gpu.conftest import HAS_GPU, has_interpreter
 from tests.kernels.gpu.shared_rows import SharedStep, make_step
 
 if HAS_GPU or has_interpreter():
+    from slipstream.kernels.gpu.decode_borders import decode_borders
     from slipstream.kernels.gpu.shared_prefix_decode import shared_prefix_decode
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -42,7 +43,9 @@ def check(step: SharedStep, programs: int, softcap: float = 0.0) -> None:
     alone = (step.q_RNH.double().cpu(), step.pages.double().cpu(), step.whole_RC.cpu(), step.lens_R.cpu())
     paged_decode(*alone, expected, torch.empty(0), 0, scoring[0], 0, softcap)
     keys = keys_of_unit(step.q_RNH.dtype, size)
-    borders = decode_borders(step.lens_R, step.shared.rows_5R[0], step.pages.shape[3], keys, 0, programs)
+    cut = (step.lens_R, step.shared.rows_5R[0], step.pages.shape[3], keys, 0, programs)
+    borders = decode_borders(*cut)
+    assert torch.equal(borders, definition_of_borders(*cut))
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=step.q_RNH.device)
     out = torch.full_like(step.q_RNH, torch.nan)
     given = (step.q_RNH, step.pages, step.table_RC, step.lens_R, borders, *step.shared)
