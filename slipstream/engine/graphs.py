@@ -126,20 +126,36 @@ class GraphCapture:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         step()
-        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         before = torch.cuda.memory_reserved(self._device)
-        # Not torch.cuda.graph, which gives back all cached memory, pinned memory too, at every capture. A
-        # graph that the collector finds meanwhile must not be destroyed in the middle of this one.
+        try:
+            made = self._record(step)
+        except torch.OutOfMemoryError:
+            made = None
+        if made is None:
+            # What is cached cannot be given back in the middle of a capture.
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(self._device)
+            made = self._record(step)
+        graph, logits_BV, drawn_3B = made
+        self.num_captures += 1
+        self.num_bytes += torch.cuda.memory_reserved(self._device) - before
+        return Captured(graph, torch.as_tensor(Borrowed(logits_BV), device=self._device), drawn_3B)
+
+    def _record(self, step: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Any, Tensor, Tensor]:
+        """Capture a step whose kernels are loaded.
+
+        Not by torch.cuda.graph, which gives back all cached memory, pinned memory too, at every capture. A
+        graph that the collector finds meanwhile must not be destroyed in the middle of this one.
+        """
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(capture_stream(self._device)), collector_off():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 logits_BV, drawn_3B = step()
             finally:
                 graph.capture_end()
-        self.num_captures += 1
-        self.num_bytes += torch.cuda.memory_reserved(self._device) - before
-        return Captured(graph, torch.as_tensor(Borrowed(logits_BV), device=self._device), drawn_3B)
+        return graph, logits_BV, drawn_3B
 
 
 @dataclasses.dataclass(slots=True)
