@@ -22,9 +22,10 @@ def decode_borders(
 ) -> Tensor:
     """Return [P + 2, 4] int32: program p works from line p to line p + 1; the last line is about all.
 
-    A line holds the unit where the border stands, row * K + kv head of what stands there, and the unit where
-    that begins; the last line the length of a share and how many of the first ones are a unit longer. Of row
-    i the first `unread_R[i]` positions are not read, nor those before the window (0: none).
+    A line holds the unit where the border stands, row * K + kv head of what stands there, the unit where that
+    begins, and the row's length (behind the last row 0); the last line the length of a share and how many of
+    the first ones are a unit longer. Of row i the first `unread_R[i]` positions are not read, nor those
+    before the window (0: none).
     """
     lens_R = seq_lens_R.long()
     first_R = torch.zeros_like(lens_R) if unread_R is None else torch.minimum(unread_R.long(), lens_R)
@@ -47,7 +48,8 @@ def decode_borders(
     moved_P = torch.where(is_near, nearest_P, offset_P)
     item_P = row_P * kv_heads + (unit_P - start_P) // units_P
     begin_P = unit_P - offset_P
-    lines_P4 = torch.stack((begin_P + moved_P, item_P, begin_P, torch.zeros_like(unit_P)), dim=1)
+    length_P = torch.cat((lens_R, lens_R.new_zeros(1)))[row_P]
+    lines_P4 = torch.stack((begin_P + moved_P, item_P, begin_P, length_P), dim=1)
     zero = torch.zeros_like(share)
     return torch.cat((lines_P4, torch.stack((share, longer, zero, zero))[None])).int()
 

@@ -47,9 +47,10 @@ def test_shares(seed: int) -> None:
         assert share * shares + longer == total and 0 <= longer < shares
         # Each end moves by less than the shortest share.
         assert all(b - a <= share + 1 + 2 * (SHORTEST - 1) for a, b in itertools.pairwise(ends))
-        for unit, item, start, _ in lines:
+        for unit, item, start, length in lines:
             if start == total:
                 continue
+            assert length == lens[item // kv_heads]
             number, first, last = next(entry for entry in items if entry[1] <= start < entry[2])
             assert (item, start) == (number, first) and first <= unit <= last
             assert unit in (first, last) or SHORTEST <= unit - first <= last - first - SHORTEST

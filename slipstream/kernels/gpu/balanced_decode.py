@@ -158,20 +158,16 @@ def _balanced(
     low_unit = tl.load(borders_ptr + program * 4)
     at = tl.load(borders_ptr + program * 4 + 1)
     start = tl.load(borders_ptr + program * 4 + 2)
+    length = tl.load(borders_ptr + program * 4 + 3)
     high_unit = tl.load(borders_ptr + program * 4 + 4)
+    nobodys = tl.load(lens_ptr + program, mask=program < num_rows, other=1).to(tl.int32)
     g, h = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_H)
     is_head = (g[:, None] < GROUP) & (h[None, :] < HEAD)
-    # Rows of nobody have no units; their zeros are dealt out like cards.
-    for row in range(program, num_rows, programs):
-        if tl.load(lens_ptr + row) == 0:
-            for kv_head in range(K):
-                nothing, none = tl.zeros((BLOCK_G, BLOCK_H), tl.float32), tl.zeros((BLOCK_G,), tl.float32)
-                store_joined(
-                    nothing, none, out_ptr + row * out_stride_r, out_stride_n, kv_head, h, GROUP, HEAD
-                )
     while start < high_unit:
         row, kv_head = at // K, at % K
-        length = tl.load(lens_ptr + row).to(tl.int32)
+        # On its way while this one is worked on.
+        next_row = tl.minimum((at + 1) // K, num_rows - 1)
+        next_length = tl.load(lens_ptr + next_row).to(tl.int32)
         unread = tl.zeros_like(length)
         if HAS_PREFIXES:
             unread = tl.minimum(tl.load(rows_ptr + row), length)
@@ -197,7 +193,16 @@ def _balanced(
                 K, GROUP, HEAD, SHORTEST, BLOCK_G, BLOCK_H, BLOCK_S, LINES, HAS_PREFIXES,
             )  # fmt: skip
         start = end
+        length = next_length
         at += 1
+    # Rows of nobody have no units; their zeros are dealt out like cards.
+    for row in range(program, num_rows, programs):
+        if nobodys == 0:
+            nothing, none = tl.zeros((BLOCK_G, BLOCK_H), tl.float32), tl.zeros((BLOCK_G,), tl.float32)
+            at_row = out_ptr + row * out_stride_r
+            for kv_head in range(K):
+                store_joined(nothing, none, at_row, out_stride_n, kv_head, h, GROUP, HEAD)
+        nobodys = tl.load(lens_ptr + row + programs, mask=row + programs < num_rows, other=1).to(tl.int32)
 
 
 def balanced_decode(

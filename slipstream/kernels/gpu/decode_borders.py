@@ -54,7 +54,8 @@ def _cut(
     tl.store(line, begin + moved, mask=is_border)
     tl.store(line + 1, row * K + (unit - start) // own, mask=is_border)
     tl.store(line + 2, begin, mask=is_border)
-    tl.store(line + 3, tl.zeros_like(begin), mask=is_border)
+    is_row = r[:, None] == row[None, :]
+    tl.store(line + 3, tl.sum(tl.where(is_row, lens[:, None], 0), 0), mask=is_border)
     if tl.program_id(0) == 0:
         tl.store(out_ptr + (PROGRAMS + 1) * 4, share)
         tl.store(out_ptr + (PROGRAMS + 1) * 4 + 1, longer)
