@@ -69,7 +69,7 @@ class StepPlan(msgspec.Struct, omit_defaults=True):
 
     @property
     def num_tokens(self) -> int:
-        return sum(span.len for span in self.spans)
+        return sum([span.len for span in self.spans])
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

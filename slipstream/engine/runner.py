@@ -253,9 +253,8 @@ class Runner:
 
     def _forward(self, handle: StepHandle) -> None:
         plan = handle.plan
-        for span in plan.spans:
-            if span.stream != "decoder" or span.parents is not None or not span.causal:
-                raise UnsupportedError("Encoder, tree and non-causal spans are not served by this version.")
+        if any([s.stream != "decoder" or s.parents is not None or not s.causal for s in plan.spans]):
+            raise UnsupportedError("Encoder, tree and non-causal spans are not served by this version.")
         if not plan.spans or self._replay(handle):
             return
         handle.open_rows = plan.sample
