@@ -253,7 +253,7 @@ class Runner:
 
     def _forward(self, handle: StepHandle) -> None:
         plan = handle.plan
-        if any([s.stream != "decoder" or s.parents is not None or not s.causal for s in plan.spans]):
+        if [s for s in plan.spans if s.stream != "decoder" or s.parents is not None or not s.causal]:
             raise UnsupportedError("Encoder, tree and non-causal spans are not served by this version.")
         if not plan.spans or self._replay(handle):
             return
