@@ -51,8 +51,20 @@ def value_of_key(key):
 
 @triton.jit
 def integer_mass(x, largest, temperature, scale):
-    """Return the integer masses of logits."""
-    return (libdevice.exp(tl.div_rn(x - largest, temperature)) * scale).to(tl.int64)
+    """Return the integer masses of logits.
+
+    The quotient is that of a division, at the cost of three products: with a reciprocal rounded to the
+    nearest, a quotient corrected by its exact remainder is rounded to the nearest too (Markstein, "Computation
+    of elementary functions on the IBM RISC System/6000 processor", IBM J. Res. Dev. 34(1), 1990). Far below
+    the largest there is nothing to correct: the mass is 0.
+    """
+    distance = x - largest
+    reciprocal = tl.div_rn(tl.full((), 1.0, tl.float32), temperature)
+    quotient = distance * reciprocal
+    remainder = libdevice.fma_rn(-quotient, temperature, distance)
+    corrected = libdevice.fma_rn(remainder, reciprocal, quotient)
+    quotient = tl.where(quotient > -1e3, corrected, quotient)
+    return (libdevice.exp(quotient) * scale).to(tl.int64)
 
 
 @triton.jit
@@ -249,14 +261,14 @@ def _estimate(x_ptr, vocab, temperature, top_p, uniform, slack_share,
             most = tl.maximum(most, tl.max(tl.where(x != x, float("inf"), x), 0))
             mass = tl.exp2((x - reference) * factor)
             totals += tl.sum(mass, 0)
-            s0 += tl.sum(tl.where(x > b0, mass, 0.0), 0)
-            s1 += tl.sum(tl.where(x > b1, mass, 0.0), 0)
-            s2 += tl.sum(tl.where(x > b2, mass, 0.0), 0)
-            s3 += tl.sum(tl.where(x > b3, mass, 0.0), 0)
-            s4 += tl.sum(tl.where(x > b4, mass, 0.0), 0)
-            s5 += tl.sum(tl.where(x > b5, mass, 0.0), 0)
-            s6 += tl.sum(tl.where(x > b6, mass, 0.0), 0)
-            s7 += tl.sum(tl.where(x > b7, mass, 0.0), 0)
+            s0 += tl.sum(mass * (x > b0).to(tl.float32), 0)
+            s1 += tl.sum(mass * (x > b1).to(tl.float32), 0)
+            s2 += tl.sum(mass * (x > b2).to(tl.float32), 0)
+            s3 += tl.sum(mass * (x > b3).to(tl.float32), 0)
+            s4 += tl.sum(mass * (x > b4).to(tl.float32), 0)
+            s5 += tl.sum(mass * (x > b5).to(tl.float32), 0)
+            s6 += tl.sum(mass * (x > b6).to(tl.float32), 0)
+            s7 += tl.sum(mass * (x > b7).to(tl.float32), 0)
         # Where zeros of both signs lead, 0.0 stands first.
         largest, total = tl.max(most, 0) + 0.0, tl.sum(totals, 0)
         is_finite = (largest < float("inf")) & (largest > float("-inf"))
@@ -315,7 +327,7 @@ def _first_borders(largest, temperature):
 @triton.jit
 def _list_likely(
     x_ptr, vocab, largest, temperature, scale, low, high, drawn_low, drawn_high, min_mass, listed_ptr,
-    ids_ptr, HAS_MIN: tl.constexpr, CAPACITY: tl.constexpr, WIDTH: tl.constexpr,
+    ids_ptr, HAS_MIN: tl.constexpr, CAPACITY: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """List the tokens within two intervals of keys, in the order of ids.
 
@@ -324,18 +336,19 @@ def _list_likely(
     """
     zero = tl.zeros((WIDTH,), tl.int64)
     totals, aboves, drawn_aboves, larger_ones = zero, zero, zero, zero
-    v = tl.arange(0, 2 * WIDTH)
+    # One token a thread and line: what is listed is stored from where it was loaded.
+    v = tl.max_contiguous(tl.arange(0, LINES * WIDTH), 1)
     num_listed = tl.full((), 0, tl.int32)
-    for at in range(0, vocab, 2 * WIDTH):
+    for at in range(0, vocab, LINES * WIDTH):
         is_token = at + v < vocab
         x = tl.load(x_ptr + at + v, mask=is_token, other=float("-inf"))
         key = ordered_key(x)
         mass = integer_mass(x, largest, temperature, scale)
-        totals += tl.sum(tl.reshape(mass, (2, WIDTH)), 0)
-        aboves += tl.sum(tl.reshape(tl.where(key > high, mass, 0), (2, WIDTH)), 0)
-        drawn_aboves += tl.sum(tl.reshape(tl.where(key > drawn_high, mass, 0), (2, WIDTH)), 0)
+        totals += tl.sum(tl.reshape(mass, (LINES, WIDTH)), 0)
+        aboves += tl.sum(tl.reshape(tl.where(key > high, mass, 0), (LINES, WIDTH)), 0)
+        drawn_aboves += tl.sum(tl.reshape(tl.where(key > drawn_high, mass, 0), (LINES, WIDTH)), 0)
         if HAS_MIN:
-            larger_ones += tl.sum(tl.reshape(tl.where(mass >= min_mass, mass, 0), (2, WIDTH)), 0)
+            larger_ones += tl.sum(tl.reshape(tl.where(mass >= min_mass, mass, 0), (LINES, WIDTH)), 0)
         is_listed = ((key >= low) & (key <= high)) | ((key >= drawn_low) & (key <= drawn_high))
         is_listed = is_listed & is_token
         place = num_listed + tl.cumsum(is_listed.to(tl.int32), 0) - 1
@@ -379,7 +392,7 @@ def _draw_nucleus(
             min_mass = tl.load(min_mass_ptr + row)
         total, above, drawn_above, larger, num_listed = _list_likely(
             x_ptr, vocab, largest, temperature, scale, low, high, drawn_low, drawn_high, min_mass, listed_ptr,
-            ids_ptr, HAS_MIN, CAPACITY, WIDTH,
+            ids_ptr, HAS_MIN, CAPACITY, LINES, WIDTH,
         )  # fmt: skip
         # What one thread has listed, another reads.
         tl.debug_barrier()

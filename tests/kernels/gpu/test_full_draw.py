@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from slipstream.sampling.weights import draw, scale_bits
 from tests.kernels.gpu.conftest import HAS_GPU, has_interpreter
+from tests.kernels.gpu.plain_libdevice import replace_libdevice
 
 if HAS_GPU or has_interpreter():
-    import triton
-    import triton.language as tl
-
     from slipstream.kernels.gpu import full_draw, nucleus
-
-    @triton.jit
-    def plain_exp(x):  # type: ignore[no-untyped-def]
-        return tl.exp(x)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -28,8 +20,7 @@ if HAS_GPU or has_interpreter():
 def test_tokens_are_those_of_the_sums(
     device: str, vocab: int, has_min: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not HAS_GPU:
-        monkeypatch.setattr(nucleus, "libdevice", SimpleNamespace(exp=plain_exp))
+    replace_libdevice(monkeypatch, nucleus)
     rows, bits = 6, scale_bits(vocab)
     generator = torch.Generator().manual_seed(vocab)
     x = torch.randn(rows, vocab, generator=generator) * 3

@@ -7,7 +7,6 @@ holds the kernel against the sampler's own definition at real sizes.
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,16 +14,10 @@ import torch
 
 from slipstream.sampling.weights import scale_bits
 from tests.kernels.gpu.conftest import HAS_GPU, has_interpreter
+from tests.kernels.gpu.plain_libdevice import replace_libdevice
 
 if HAS_GPU or has_interpreter():
-    import triton
-    import triton.language as tl
-
     from slipstream.kernels.gpu import nucleus, row_logprobs
-
-    @triton.jit
-    def plain_exp(x):  # type: ignore[no-untyped-def]
-        return tl.exp(x)
 
 
 # The interpreter's numpy speaks of infinities that a GPU computes with in silence.
@@ -33,10 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 @pytest.fixture(autouse=True)
 def exponential(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter has no device library: numpy's exponential stands in, here and in the kernel."""
-    if not HAS_GPU:
-        for file in (nucleus, row_logprobs):
-            monkeypatch.setattr(file, "libdevice", SimpleNamespace(exp=plain_exp))
+    replace_libdevice(monkeypatch, nucleus, row_logprobs)
 
 
 def masses(x: torch.Tensor, temperature: float, bits: int) -> list[int]:

@@ -5,8 +5,6 @@ Where there is no GPU the kernels are interpreted over a CPU's tensors: their wa
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -16,16 +14,10 @@ from slipstream.sampling import candidates, filters, logprobs
 from slipstream.sampling import sampler as sampler_file
 from slipstream.sampling.sampler import Sampler
 from tests.kernels.gpu.conftest import HAS_GPU, has_interpreter
+from tests.kernels.gpu.plain_libdevice import replace_libdevice
 
 if HAS_GPU or has_interpreter():
-    import triton
-    import triton.language as tl
-
     from slipstream.kernels.gpu import nucleus, row_logprobs
-
-    @triton.jit
-    def plain_exp(x):  # type: ignore[no-untyped-def]
-        return tl.exp(x)
 
 
 # The interpreter's numpy speaks of NaN and infinities that a GPU computes with in silence.
@@ -77,8 +69,7 @@ def test_steps_are_those_of_tensors(kind: str, device: str, monkeypatch: pytest.
     if not HAS_GPU:
         for file in (candidates, filters, logprobs, sampler_file):
             monkeypatch.setattr(file, "runs_kernels", lambda x: True)
-        for file in (nucleus, row_logprobs):
-            monkeypatch.setattr(file, "libdevice", SimpleNamespace(exp=plain_exp))
+        replace_libdevice(monkeypatch, nucleus, row_logprobs)
     given = run(WORK[kind], device, by_kernels=True)
     for (tokens, statuses, entries), (tokens_given, statuses_given, entries_given) in zip(
         expected, given, strict=True
