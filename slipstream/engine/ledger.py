@@ -58,7 +58,7 @@ class CudaMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.total: int = torch.cuda.mem_get_info(device)[1]
-        self._at_start = 0
+        self._at_start = (0, 0)
 
     def free(self) -> int:
         unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
@@ -75,12 +75,22 @@ class CudaMemory:
     def start(self) -> None:
         self.settle()
         torch.cuda.reset_peak_memory_stats(self._device)
-        self._at_start = torch.cuda.memory_reserved(self._device)
+        self._at_start = (0, 0)
+        self._at_start = self._growth()
 
     def growth(self) -> int:
         torch.cuda.synchronize(self._device)
-        # Reserved, not allocated: what the allocator cannot use between blocks is gone too.
-        return torch.cuda.max_memory_reserved(self._device) - self._at_start
+        return max(self._growth())
+
+    def _growth(self) -> tuple[int, int]:
+        """Return the most that was reserved and allocated, beyond that at the start.
+
+        Reserved is more by what the allocator cannot use between blocks, and less where it found room in
+        what others left half empty.
+        """
+        reserved, allocated = self._at_start
+        most = torch.cuda.max_memory_reserved(self._device), torch.cuda.max_memory_allocated(self._device)
+        return most[0] - reserved, most[1] - allocated
 
     def settle(self) -> None:
         gc.collect()

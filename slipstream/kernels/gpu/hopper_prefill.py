@@ -8,7 +8,8 @@ copies queries, keys and values into buffers, as far ahead as these go; barriers
 are full and which are free. In each group the scores of tile j and the values of tile j - 1 are in the matrix
 unit at once, and the softmax of j runs while those values are still being added; since the groups wait only
 for buffers, one group's softmax falls together with the other's products.
-Invariant: what `paged_prefill.py` computes up to rounding; nothing behind a row's length is read.
+Invariant: what `paged_prefill.py` computes up to rounding; nothing behind a row's length or before the first
+window of a piece is read.
 Source: Shah et al., FlashAttention-3, arXiv 2407.08608, section 3; pages as in Kwon et al., PagedAttention,
 arXiv 2309.06180.
 T tokens, N query heads, K kv heads, H head size, P pages, t tokens of a block, B rows, M queries of a tile.
@@ -119,9 +120,11 @@ def _produce(
     h = gl.arange(0, HEAD, gl.SliceLayout(0, lines))
     num_done, num_filled = 0, 0
     for turn in range(num_turns):
-        head, row, _, token, left, _, low, last = _piece(
+        head, row, _, token, left, position, low, last = _piece(
             turn, heads, num_tiles, wanted, tiles_ptr, start_ptr, lens_ptr, window, BLOCK_N, SHORTEST
         )  # fmt: skip
+        # Look-ups begin at a multiple of eight lines: those before the window may hold anything.
+        seen = gl.where(window > 0, position - window + 1, 0)
         if low < last:
             q_base = q_ptr + token * q_stride_t + head * q_stride_n
             for half in gl.static_range(2):
@@ -140,7 +143,7 @@ def _produce(
                 place = gl.reshape(place[:, None] + within[None, :], [BLOCK_N])
                 place = gl.convert_layout(place, gl.SliceLayout(1, lines), assert_trivial=True)
                 place = place[:, None] + h[None, :]
-                mask = (at + n < last)[:, None] & (h[None, :] >= 0)
+                mask = ((at + n >= seen) & (at + n < last))[:, None] & (h[None, :] >= 0)
                 slot, phase = num_filled % 2, (num_filled // 2) & 1
                 mbarrier.wait(k_free.index(slot), phase ^ 1)
                 _fetch(k_buffers.index(slot), base, place, mask)
