@@ -26,7 +26,8 @@ class AttentionCapability(Capability):
     """What a backend can do. An empty set of sizes means any size.
 
     `page_sizes` are tokens per block; `batch_invariant` means bit-equal results whatever else is in the
-    batch; `graph` means that `run` of one-token rows may be captured and replayed for other lengths;
+    batch; `graph` means that `run` may be captured and replayed for other lengths, longer spans by the tiles
+    that the plan's cache then holds (`kernels.query_tiles.TILES`);
     `cascade` that it reads a plan's `shared`; `native_blocks` that it has `native_step`, by which a whole
     decoder block runs as one native call; `rotates` that it has `rotate_and_run`, which takes the
     projection of q, k and v as it is.
