@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slipstream.core.sampling_params import RowSampling
 from slipstream.sampling import state
+from slipstream.sampling.candidates import runs_kernels
 from slipstream.sampling.filters import FilterParams
 from slipstream.sampling.history import NgramRule, SequenceRule
 from slipstream.sampling.philox import Philox
@@ -127,13 +128,17 @@ class Batch:
         )
         self._noise: Tensor = torch.empty(0, 0)
         self._column = 0
+        self._random_rows_N: Tensor | None = None
 
     def uniform(self, philox: Philox) -> Tensor:
         """Return this step's float64 noise [N] of the random rows, at the positions the device knows.
 
         Noise depends on nothing but (seed, sample, position), so it is made for several steps at once, twice
-        as many each time: a step of an unchanged batch mostly reads a column. Call once per step.
+        as many each time: a step of an unchanged batch mostly reads a column. A GPU makes it in one kernel a
+        step. Call once per step.
         """
+        if runs_kernels(self.rows_R):
+            return self._make_noise_by_kernel()
         if self._column == self._noise.shape[1]:
             width = min(MAX_NOISE_COLUMNS, max(1, 2 * self._noise.shape[1]))
             self._noise = self._make_noise(philox, width)
@@ -142,9 +147,25 @@ class Batch:
         self._column += 1
         return column
 
+    def _make_noise_by_kernel(self) -> Tensor:
+        from slipstream.kernels.gpu.noise import uniform
+
+        if self._random_rows_N is None:
+            self._random_rows_N = self._rows_in_order()
+        return uniform(
+            self._random_rows_N,
+            self._table.ints,
+            self._table.position,
+            key_column=state.KEY_LOW,
+            sample_column=state.SAMPLE_IDX,
+        )
+
+    def _rows_in_order(self) -> Tensor:
+        """Return the engine's numbers of the random rows, by group."""
+        return self.rows_R.index_select(0, torch.cat([g.index_N for g in self.groups]))
+
     def _make_noise(self, philox: Philox, width: int) -> Tensor:
-        rows = torch.cat([g.index_N for g in self.groups])
-        rows = self.rows_R.index_select(0, rows)
+        rows = self._rows_in_order()
         ints = self._table.ints.index_select(0, rows).repeat_interleave(width, dim=0)
         steps = torch.arange(width, device=self._device)
         position = self._table.position.index_select(0, rows)[:, None] + steps

@@ -54,7 +54,7 @@ def integer_mass(x, largest, temperature, scale):
     """Return the integer masses of logits.
 
     The quotient is that of a division, at the cost of three products: with a reciprocal rounded to the
-    nearest, a quotient corrected by its exact remainder is rounded to the nearest too (Markstein, "Computation
+    nearest, a quotient corrected by its exact remainder is rounded so too (Markstein, "Computation
     of elementary functions on the IBM RISC System/6000 processor", IBM J. Res. Dev. 34(1), 1990). Far below
     the largest there is nothing to correct: the mass is 0.
     """

@@ -10,7 +10,7 @@ import torch
 
 from slipstream.core.plan import TokenLogprobs
 from slipstream.core.sampling_params import RowSampling
-from slipstream.sampling import candidates, filters, logprobs
+from slipstream.sampling import batch, candidates, filters, logprobs
 from slipstream.sampling import sampler as sampler_file
 from slipstream.sampling.sampler import Sampler
 from tests.kernels.gpu.conftest import HAS_GPU, has_interpreter
@@ -67,7 +67,7 @@ def run(sampled: list[RowSampling], device: str, *, by_kernels: bool) -> list[Re
 def test_steps_are_those_of_tensors(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(WORK[kind], "cpu", by_kernels=False)
     if not HAS_GPU:
-        for file in (candidates, filters, logprobs, sampler_file):
+        for file in (batch, candidates, filters, logprobs, sampler_file):
             monkeypatch.setattr(file, "runs_kernels", lambda x: True)
         replace_libdevice(monkeypatch, nucleus, row_logprobs)
     given = run(WORK[kind], device, by_kernels=True)
