@@ -6,8 +6,6 @@ R lines, F elements of gate and of up. Invariant: float32 inside whatever the ty
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -16,21 +14,7 @@ from torch import Tensor
 from slipstream.kernels.gpu.launching import launch_options, start_next, wait_for_previous
 
 SILU, GELU, GELU_TANH = range(3)
-
-
-class Way(NamedTuple):
-    """How the work is cut and ordered: elements and warps of a program; whether programs go down the lines
-    before the next elements, from the end (which the product before wrote last); how reads leave the L2.
-    """
-
-    block: int
-    warps: int
-    lines_first: bool
-    last_first: bool
-    hint: str
-
-
-WAY = Way(1024, 4, lines_first=True, last_first=False, hint="")
+BLOCK = 1024
 
 
 @triton.jit
@@ -46,40 +30,28 @@ def activate(gate, KIND: tl.constexpr):
         return gate / (1.0 + tl.exp(-2.0 * inner))
 
 
-@triton.jit(do_not_specialize=["lines", "blocks"])
+@triton.jit
 def _gated(
-    x_ptr, out_ptr, size, x_stride, lines, blocks, KIND: tl.constexpr, BLOCK: tl.constexpr,
-    LINES_FIRST: tl.constexpr, LAST_FIRST: tl.constexpr, HINT: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, out_ptr, size, x_stride, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    place = tl.program_id(0)
-    if LAST_FIRST:
-        place = tl.num_programs(0) - 1 - place
-    if LINES_FIRST:
-        line, block = place % lines, place // lines
-    else:
-        line, block = place // blocks, place % blocks
-    line = line.to(tl.int64)
-    f = block * BLOCK + tl.arange(0, BLOCK)
+    line = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start_next(PDL)
     wait_for_previous(PDL)
     mask = f < size
-    at = x_ptr + line * x_stride + f
-    gate = tl.load(at, mask=mask, other=0.0, eviction_policy=HINT).to(tl.float32)
-    up = tl.load(at + size, mask=mask, other=0.0, eviction_policy=HINT).to(tl.float32)
+    gate = tl.load(x_ptr + line * x_stride + f, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + line * x_stride + size + f, mask=mask, other=0.0).to(tl.float32)
     out = activate(gate, KIND) * up
     tl.store(out_ptr + line * size + f, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def gated_activation(x: Tensor, kind: int, way: Way = WAY) -> Tensor:
-    """Return act(gate) * up of `x` [..., 2F] as [..., F]. Only enqueues. `way` is for tuning."""
+def gated_activation(x: Tensor, kind: int) -> Tensor:
+    """Return act(gate) * up of `x` [..., 2F] as [..., F]. Only enqueues."""
     size = x.shape[-1] // 2
     x_R2F = x.reshape(-1, 2 * size)
     out = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
-    lines, blocks = len(x_R2F), -(-size // way.block)
     if out.numel():
-        _gated[(lines * blocks,)](
-            x_R2F, out, size, x_R2F.stride(0), lines, blocks, KIND=kind, BLOCK=way.block,
-            LINES_FIRST=way.lines_first, LAST_FIRST=way.last_first, HINT=way.hint, num_warps=way.warps,
-            **launch_options(x),
-        )  # fmt: skip
+        _gated[(len(x_R2F), triton.cdiv(size, BLOCK))](
+            x_R2F, out, size, x_R2F.stride(0), KIND=kind, BLOCK=BLOCK, num_warps=4, **launch_options(x)
+        )
     return out

@@ -18,7 +18,6 @@ from slipstream.kernels.gpu.launching import launch_options, start_next, wait_fo
 
 # Of one token, by one program of four warps: two loads of 16 bytes a thread on their way beside the table's.
 HEADS_AT_ONCE = 16
-WARPS = 4
 
 
 @triton.jit
@@ -102,25 +101,20 @@ def rotary_store(
     heads: int,
     kv_P2tKH: Tensor,
     slots_T: Tensor,
-    heads_at_once: int = HEADS_AT_ONCE,
-    warps: int = WARPS,
 ) -> Tensor:
-    """Return q [T, N, H] and write k and v; see `kernels/rotary_store.py`. Only enqueues.
-
-    The last two arguments are for tuning.
-    """
+    """Return q [T, N, H] and write k and v; see `kernels/rotary_store.py`. Only enqueues."""
     tokens = len(qkv_TC)
     _, _, page_tokens, kv_heads, size = kv_P2tKH.shape
     q_TNH = torch.empty(tokens, heads, size, dtype=qkv_TC.dtype, device=qkv_TC.device)
     if tokens == 0:
         return q_TNH
     norms = (table_P2H, table_P2H) if q_norm_H is None or k_norm_H is None else (q_norm_H, k_norm_H)
-    block_a = min(heads_at_once, triton.next_power_of_2(heads + 2 * kv_heads))
+    block_a = min(HEADS_AT_ONCE, triton.next_power_of_2(heads + 2 * kv_heads))
     _turn_and_store[(tokens, triton.cdiv(heads + 2 * kv_heads, block_a))](
         qkv_TC, table_P2H, positions_T, *norms, q_TNH, kv_P2tKH, slots_T, eps,
         qkv_TC.stride(0), kv_P2tKH.stride(0), kv_P2tKH.stride(1), kv_P2tKH.stride(2), kv_P2tKH.stride(3),
         N=heads, K=kv_heads, HEAD=size, PAGE=page_tokens, BLOCK_A=block_a,
         BLOCK_H=triton.next_power_of_2(size), HAS_NORMS=q_norm_H is not None, IS_INTERLEAVED=interleaved,
-        num_warps=warps, **launch_options(qkv_TC),
+        num_warps=4, **launch_options(qkv_TC),
     )  # fmt: skip
     return q_TNH

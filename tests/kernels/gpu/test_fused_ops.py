@@ -66,26 +66,6 @@ def test_gated_activations(device: str, shape: tuple[int, ...], dtype: torch.dty
     assert activations.gated_activation(x[:0], 0).shape == (0, *shape[1:-1], shape[-1] // 2)
 
 
-@pytest.mark.parametrize("lines", [1, 2, 4])
-def test_norms_of_several_lines_at_once(device: str, lines: int) -> None:
-    """Seven lines: the last program has some that do not exist."""
-    x, residual = draw(7, 100, device=device), draw(7, 100, seed=1, device=device)
-    weight = draw(100, seed=2, device=device)
-    way = norms.Way(lines, 2, "evict_first")
-    normed, total = norms.add_rms_norm(x, residual, weight, 1e-5, way)
-    expected, expected_total = add_rms_norm(x, residual, weight, 1e-5)
-    assert_close(normed, expected)
-    assert torch.equal(total, expected_total)
-
-
-@pytest.mark.parametrize("lines_first", [False, True])
-@pytest.mark.parametrize("last_first", [False, True])
-def test_gates_in_any_order(device: str, lines_first: bool, last_first: bool) -> None:
-    x = draw(5, 2 * 300, device=device)
-    way = activations.Way(128, 4, lines_first, last_first, "evict_first")
-    assert_close(activations.gated_activation(x, activations.SILU, way), silu_and_mul(x))
-
-
 @pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (9, 3, 80), (1, 1, 16)])
