@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import msgspec
 import torch
 
 from slipstream.core.errors import EngineError, OutOfMemoryError
@@ -36,6 +37,9 @@ EVERYTHING = RowSampling(
     logprobs=20,
     prompt_logprobs=20,
 )
+# Rows that draw in two ways, and one that wants no logprobs: none can be served in place, logits are copied.
+IN_PLACE = msgspec.structs.replace(EVERYTHING, top_k=0)
+ODD_ONE = msgspec.structs.replace(EVERYTHING, logprobs=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +107,7 @@ def _request(bounds: StepBounds, row: int, *, num_tokens: int, num_computed: int
         num_prompt=num_tokens,
         num_computed=num_computed,
         blocks=[[SHARED_PAGE] * num_blocks for _ in range(bounds.num_groups)],
-        sampling=EVERYTHING,
+        sampling=IN_PLACE if row else ODD_ONE,
         seed=row,
         sample_idx=0,
     )

@@ -25,8 +25,9 @@ from slipstream.engine.ledger import HostMemory, Ledger, memory_of, tensor_bytes
 from slipstream.engine.runner import Runner
 from slipstream.engine.step_shapes import StepShape, StepShapes
 from slipstream.engine.warm_up import (
-    EVERYTHING,
+    IN_PLACE,
     NUM_PAGES,
+    ODD_ONE,
     StepBounds,
     _measure_graphs,
     worst_step,
@@ -119,7 +120,8 @@ def test_the_worst_step_fills_every_bound(
         end = span.len if is_chunk and is_context_free else bounds.max_seq_len
         assert span.start + span.len == end and len(init.tokens) == (end if is_chunk else 1)
         assert len(init.blocks) == bounds.num_groups
-        assert {page for group in init.blocks for page in group} == {1} and init.sampling == EVERYTHING
+        assert {page for group in init.blocks for page in group} == {1}
+        assert init.sampling == (IN_PLACE if init.row else ODD_ONE)
     assert {row for row, *_ in plan.logits} == {span.row for span in plan.spans if span.len > 1}
 
 

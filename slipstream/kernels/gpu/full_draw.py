@@ -21,10 +21,10 @@ LINES, WIDTH = 4, 1024
 WARPS = 8
 
 
-@triton.jit(do_not_specialize=["uniform_stride", "num_blocks"])
+@triton.jit(do_not_specialize=["uniform_stride", "num_blocks", "has_min"])
 def _draw_full(
     x_ptr, temperature_ptr, min_mass_ptr, uniform_ptr, sums_ptr, out_ptr, status_ptr, row_stride,
-    uniform_stride, vocab, num_blocks, scale, HAS_MIN: tl.constexpr, BLOCKS: tl.constexpr,
+    uniform_stride, has_min, vocab, num_blocks, scale, BLOCKS: tl.constexpr,
     LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -41,9 +41,7 @@ def _draw_full(
     token = tl.full((), 0, tl.int64)
     if status == OK:
         temperature = tl.load(temperature_ptr + row)
-        min_mass = tl.full((), 0, tl.int64)
-        if HAS_MIN:
-            min_mass = tl.load(min_mass_ptr + row)
+        min_mass = tl.load(min_mass_ptr + row, mask=has_min != 0, other=0)
         for at in range(0, vocab, LINES * WIDTH):
             x = tl.load(x_ptr + at + v, mask=at + v < vocab, other=float("-inf"))
             mass = integer_mass(x, largest, temperature, scale)
@@ -80,7 +78,7 @@ def draw_full(
     sums = torch.empty(rows, num_blocks, dtype=torch.int64, device=x_NV.device)
     _draw_full[(rows,)](
         x_NV, temperature_N, out_N if min_mass_N is None else min_mass_N, uniform_N, sums, out_N, status_N,
-        x_NV.stride(0), uniform_N.stride(0), vocab, num_blocks, 2.0**bits, HAS_MIN=min_mass_N is not None,
+        x_NV.stride(0), uniform_N.stride(0), int(min_mass_N is not None), vocab, num_blocks, 2.0**bits,
         BLOCKS=triton.next_power_of_2(num_blocks), LINES=LINES, WIDTH=WIDTH, num_warps=WARPS,
     )  # fmt: skip
     return out_N, status_N

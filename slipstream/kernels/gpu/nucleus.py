@@ -327,7 +327,7 @@ def _first_borders(largest, temperature):
 @triton.jit
 def _list_likely(
     x_ptr, vocab, largest, temperature, scale, low, high, drawn_low, drawn_high, min_mass, listed_ptr,
-    ids_ptr, HAS_MIN: tl.constexpr, CAPACITY: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,
+    ids_ptr, CAPACITY: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """List the tokens within two intervals of keys, in the order of ids.
 
@@ -347,7 +347,7 @@ def _list_likely(
         totals += tl.sum(tl.reshape(mass, (LINES, WIDTH)), 0)
         aboves += tl.sum(tl.reshape(tl.where(key > high, mass, 0), (LINES, WIDTH)), 0)
         drawn_aboves += tl.sum(tl.reshape(tl.where(key > drawn_high, mass, 0), (LINES, WIDTH)), 0)
-        if HAS_MIN:
+        if min_mass > 0:
             larger_ones += tl.sum(tl.reshape(tl.where(mass >= min_mass, mass, 0), (LINES, WIDTH)), 0)
         is_listed = ((key >= low) & (key <= high)) | ((key >= drawn_low) & (key <= drawn_high))
         is_listed = is_listed & is_token
@@ -362,11 +362,11 @@ def _list_likely(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["top_p_stride", "uniform_stride"])
+@triton.jit(do_not_specialize=["top_p_stride", "uniform_stride", "has_min"])
 def _draw_nucleus(
     x_ptr, temperature_ptr, top_p_ptr, min_mass_ptr, uniform_ptr, listed_ptr, ids_ptr, out_ptr, status_ptr,
-    row_stride, top_p_stride, uniform_stride, vocab, scale, slack_share,
-    BITS: tl.constexpr, HAS_MIN: tl.constexpr, CAPACITY: tl.constexpr, MAX_ESTIMATES: tl.constexpr,
+    row_stride, top_p_stride, uniform_stride, has_min, vocab, scale, slack_share,
+    BITS: tl.constexpr, CAPACITY: tl.constexpr, MAX_ESTIMATES: tl.constexpr,
     LINES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -387,12 +387,10 @@ def _draw_nucleus(
         bottom, top = ordered_key(largest - temperature * BITS), ordered_key(largest)
         low, high = ordered_key(low_x), ordered_key(high_x)
         drawn_low, drawn_high = ordered_key(drawn_low_x), ordered_key(drawn_high_x)
-        min_mass = tl.full((), 0, tl.int64)
-        if HAS_MIN:
-            min_mass = tl.load(min_mass_ptr + row)
+        min_mass = tl.load(min_mass_ptr + row, mask=has_min != 0, other=0)
         total, above, drawn_above, larger, num_listed = _list_likely(
             x_ptr, vocab, largest, temperature, scale, low, high, drawn_low, drawn_high, min_mass, listed_ptr,
-            ids_ptr, HAS_MIN, CAPACITY, LINES, WIDTH,
+            ids_ptr, CAPACITY, LINES, WIDTH,
         )  # fmt: skip
         # What one thread has listed, another reads.
         tl.debug_barrier()
@@ -411,8 +409,7 @@ def _draw_nucleus(
             else:
                 outside = middle
         kept = before + inside.to(tl.int64) * own
-        if HAS_MIN:
-            kept = tl.where(own < min_mass, tl.minimum(before, larger), kept)
+        kept = tl.where(own < min_mass, tl.minimum(before, larger), kept)
         target = (uniform * kept.to(tl.float64)).to(tl.int64)
         target = tl.minimum(target, kept - 1)
         drawn, before, count, is_drawn_listed = _answer(
@@ -472,8 +469,9 @@ def draw_nucleus(
     ids = torch.empty(rows, capacity, dtype=torch.int32, device=x_NV.device)
     _draw_nucleus[(rows,)](
         x_NV, temperature_N, top_p_N, out_N if min_mass_N is None else min_mass_N, uniform_N, listed, ids,
-        out_N, status_N, x_NV.stride(0), top_p_N.stride(0), uniform_N.stride(0), vocab, 2.0**bits, SLACK,
-        BITS=bits, HAS_MIN=min_mass_N is not None, CAPACITY=capacity, MAX_ESTIMATES=MAX_ESTIMATES,
-        LINES=LINES, WIDTH=WIDTH, BLOCK=BLOCK, num_warps=WARPS, maxnreg=MAX_REGISTERS,
+        out_N, status_N, x_NV.stride(0), top_p_N.stride(0), uniform_N.stride(0),
+        int(min_mass_N is not None), vocab, 2.0**bits, SLACK, BITS=bits, CAPACITY=capacity,
+        MAX_ESTIMATES=MAX_ESTIMATES, LINES=LINES, WIDTH=WIDTH, BLOCK=BLOCK, num_warps=WARPS,
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return out_N, status_N
