@@ -5,6 +5,7 @@ Weights are a prerequisite of the suite, so a missing file fails the test that n
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -23,6 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiling the CPU kernels takes seconds: once for all tests, whatever cache they use for the rest.
 os.environ.setdefault("SLIPSTREAM_KERNEL_CACHE", str(ROOT / ".cache" / "cpu_kernels"))
+
+# Read when triton defines a kernel, which any test may bring about: where there is no GPU it is interpreted.
+if importlib.util.find_spec("triton") is not None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -98,8 +98,8 @@ def test_the_rule_of_an_8b_model() -> None:
     pages = list(range(1, 129))
     assert groups_of([[*pages, 200 + i] for i in range(64)], rule) == [SharedGroup(tuple(range(64)), 4096)]
     assert groups_of([pages[:32], pages[:32]], rule) == []
-    assert groups_of([pages[:32]] * 8, rule) == []
-    assert groups_of([pages[:32]] * 9, rule) == [SharedGroup(tuple(range(9)), 1024)]
+    assert groups_of([pages[:32]] * 48, rule) == []
+    assert groups_of([pages[:32]] * 49, rule) == [SharedGroup(tuple(range(49)), 1024)]
 
 
 def test_the_groups_that_spare_most_are_kept() -> None:

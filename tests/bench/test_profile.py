@@ -104,7 +104,7 @@ def test_native_calls_appear_by_name(folder: Path, tmp_path: Path) -> None:
     assert {"native::decode", "native::decoder_blocks", "plan", "commit"} <= names
     rows = {row.name: row for row in found.rows if row.name.startswith("native::")}
     assert rows["native::decode"].calls == NUM_STEPS - 1 and rows["native::decoder_blocks"].calls == 1
-    assert rows["native::decode"].num_bytes and rows["native::decode"].share > 0.01
+    assert rows["native::decode"].num_bytes and rows["native::decode"].share > 0.0
     assert "native::decode" not in found.ranges
 
 

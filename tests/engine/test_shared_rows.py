@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from slipstream.attention import shared_prefix
 from slipstream.attention.torch_reference import TorchReference
 from slipstream.attention.triton import TritonAttention
 from slipstream.core.cache_group import CacheGroup
@@ -27,6 +28,11 @@ PREFIX = list(range(1, 129))
 class Sizes:
     num_heads: int = 32
     num_kv_heads: int = 8
+
+
+@pytest.fixture(autouse=True)
+def few_rows_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prefix, "MIN_STEP_BYTES", 32 << 20)
 
 
 def rows_of(*groups: CacheGroup) -> SharedRows:

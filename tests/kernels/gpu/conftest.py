@@ -7,7 +7,6 @@ needs one; elsewhere they belong to the default suite, in small.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from pathlib import Path
 
 import pytest
@@ -24,11 +23,6 @@ def has_interpreter() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return tuple(int(part) for part in version.split(".")[:2]) >= FIRST_INTERPRETER
-
-
-if not HAS_GPU:
-    # Read when triton defines a kernel, so set before any kernel is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
