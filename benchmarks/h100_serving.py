@@ -78,6 +78,8 @@ class Setting:
     seed: int = 0
     load_format: str = "dummy"
     vocab_size: int = VOCAB_SIZE
+    # Calls that count, beside one or two that warm up.
+    runs: int = RUNS
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         generator = random.Random(f"{self.seed}/{count}/{length}")
@@ -192,7 +194,7 @@ def measure_p24(setting: Setting) -> dict[str, Any]:
     rates: list[float] = []
     steps: list[dict[str, Any]] = []
     with served(setting) as target:
-        for number in range(RUNS + 2):
+        for number in range(setting.runs + 2):
             prompts = dataclasses.replace(setting, seed=number).prompts(CLIENTS, PROMPT)
             begun_s = time.monotonic()
             seconds, records = run_in_loop(stream_all(target, prompts, OUTPUT))
@@ -241,7 +243,7 @@ def measure_p26(setting: Setting) -> dict[str, Any]:
     runs: list[dict[str, float]] = []
     steps: list[dict[str, Any]] = []
     with served(setting) as target:
-        for number in range(RUNS + 1):
+        for number in range(setting.runs + 1):
             begun_s = time.monotonic()
             records, long = run_in_loop(stream_beside(target, dataclasses.replace(setting, seed=number)))
             require_whole(records, STREAM_TOKENS)
@@ -288,13 +290,14 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--api-workers", type=int, default=4)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the driver itself")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), TINY if given.tiny else LLAMA_8B)
-        setting = Setting(folder, given.device, given.api_workers)
+        setting = Setting(folder, given.device, given.api_workers, runs=given.runs)
         for name in given.rows.split(","):
             row = ROWS[name](setting)
             command = f"python benchmarks/h100_serving.py --rows {name} --api-workers {given.api_workers}"
