@@ -13,8 +13,10 @@ from slipstream.core.plan import TokenLogprobs
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
-class TokenEvent(msgspec.Struct, omit_defaults=True):
+class TokenEvent(msgspec.Struct, omit_defaults=True, gc=False):
     """One element of an engine's event stream: new tokens of one sample of one request.
+
+    One a token, in no cycle: Python's collector does not walk them.
 
     `index` is the sample of n. `finish_reason` is None while the sample goes on; `stop_reason` is the stop
     token id that ended it. `cumulative_logprob` is set where an output comes whole. `error` is (message,

@@ -72,8 +72,11 @@ class StepPlan(msgspec.Struct, omit_defaults=True):
         return sum([span.len for span in self.spans])
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True):
-    """Raw log-softmax of one position: the sampled token, its rank (1 = most likely) and the most likely."""
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
+    """Raw log-softmax of one position: the sampled token, its rank (1 = most likely) and the most likely.
+
+    One a token: Python's collector has no cycle to find here, and does not walk them.
+    """
 
     token_id: int
     logprob: float
