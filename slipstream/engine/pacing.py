@@ -4,6 +4,9 @@ A step that also runs prompts may take `max_decode_stretch` times as long as the
 Where more prompts wait than rows decode, the stretch grows with their ratio: then keeping few readers fluent
 would make many wait. Costs are learnt from steps that have ended, so that a chunk is as long as this device
 affords at this context, after Sarathi-Serve (arXiv:2403.02310, section 4.3), which fixes it beforehand.
+What a chunk costs is taken for a line near the last ones: a part that any chunk costs, such as reading the
+keys before it, and so much for each token more. The slope is learnt where a chunk is longer or shorter than
+the one before, and forgotten slowly, so that a longer chunk is tried again.
 Where some numbers of tokens run without padding (captured steps), the largest of these that is affordable is
 allowed. Invariant: at least `min_chunk` tokens are allowed, so that every prompt advances.
 """
@@ -11,13 +14,19 @@ allowed. Invariant: at least `min_chunk` tokens are allowed, so that every promp
 from __future__ import annotations
 
 import bisect
+import statistics
+from collections import deque
 from collections.abc import Sequence
 
-# Weight of the newest step in a mean.
+# Weight of the newest in a mean.
 NEWEST = 0.5
 # A chunk is at most so many times as long as one whose cost is known: as long as a step waits for weights
-# anyway, tokens seem to cost nothing.
-MAX_GROWTH = 1.5
+# anyway, tokens seem to cost nothing. More where many wait for few, who are not to be kept fluent.
+MAX_GROWTH, BURST_GROWTH = 1.5, 8.0
+# A slope is left of a slope that no other chunk confirms, step by step.
+KEPT_SLOPE = 0.97
+# Chunks of one length whose median is their cost: one that took long for another reason is not.
+RECENT = 3
 
 
 class Pacing:
@@ -30,34 +39,42 @@ class Pacing:
         self._even_chunks = list(even_chunks)
         # Of steps that only decode, by the bit length of their number of rows.
         self._decode_s: dict[int, float] = {}
-        # Of a prompt token beside decoding rows, at about the size of the last chunks.
-        self._token_s: float | None = None
         self._last_budget = min_chunk
-        # The last chunk that was about as long as it might have been, what it cost, and what each token cost
-        # that it had more than the one before.
-        self._known_chunk, self._known_s, self._more_s = min_chunk, 0.0, 0.0
+        # The length of the last chunk that was about as long as it might have been, and what such ones took
+        # beyond decoding; what a token more takes: all that tokens took, until two lengths are known.
+        self._chunk = 0
+        self._chunk_s: deque[float] = deque(maxlen=RECENT)
+        self._slope_s = 0.0
+        self._knows_slope = False
 
     def observe(self, *, num_decodes: int, num_prefill_tokens: int, seconds: float) -> None:
         """Take in how long a step took."""
         if not num_prefill_tokens:
             size = num_decodes.bit_length()
-            self._decode_s[size] = _mean(self._decode_s.get(size), seconds, NEWEST)
+            known = self._decode_s.get(size)
+            self._decode_s[size] = seconds if known is None else known + NEWEST * (seconds - known)
             return
-        decode_s = self._decode_time(num_decodes) or 0.0
-        token_s = max(seconds - decode_s, 0.0) / num_prefill_tokens
-        # What has become dearer keeps readers waiting, so it counts at once. A short chunk is nearly all
-        # overhead: it says little about the next long one.
-        newest = NEWEST if self._token_s is not None and token_s < self._token_s else 1.0
-        weight = newest * min(1.0, num_prefill_tokens / self._last_budget)
-        self._token_s = _mean(self._token_s, token_s, weight)
-        if MAX_GROWTH * num_prefill_tokens >= self._last_budget:
-            self._know(num_prefill_tokens, max(seconds - decode_s, 0.0))
+        # A short chunk is nearly all overhead: it says little about the next long one.
+        if self._chunk and MAX_GROWTH * num_prefill_tokens < self._last_budget:
+            return
+        more_s = max(seconds - (self._decode_time(num_decodes) or 0.0), 0.0)
+        if num_prefill_tokens != self._chunk:
+            self._learn_slope(num_prefill_tokens, more_s)
+            self._chunk = num_prefill_tokens
+            self._chunk_s.clear()
+        else:
+            self._slope_s *= KEPT_SLOPE
+        self._chunk_s.append(more_s)
 
-    def _know(self, chunk: int, seconds: float) -> None:
-        more = chunk - self._known_chunk
-        if more > 0:
-            self._more_s = max(0.0, seconds - self._known_s) / more
-        self._known_chunk, self._known_s = chunk, seconds
+    def _learn_slope(self, chunk: int, more_s: float) -> None:
+        if not self._chunk:
+            self._slope_s = more_s / chunk
+            return
+        slope_s = (more_s - statistics.median(self._chunk_s)) / (chunk - self._chunk)
+        if slope_s > 0.0:
+            weight = NEWEST if self._knows_slope else 1.0
+            self._slope_s += weight * (slope_s - self._slope_s)
+            self._knows_slope = True
 
     def budget(self, *, num_decodes: int, num_prompts: int) -> int | None:
         """Return how many prompt tokens a step may run beside `num_decodes` rows, None for any number.
@@ -67,21 +84,23 @@ class Pacing:
         decode_s = self._decode_time(num_decodes)
         if decode_s is None:
             return None
-        if self._token_s is None:
+        if not self._chunk:
             return self._min_chunk
-        stretch = self._stretch * max(1.0, num_prompts / num_decodes)
-        spare_s = (stretch - 1.0) * decode_s
-        self._last_budget = max(self._even(self._affordable(spare_s, self._token_s)), self._min_chunk)
+        crowd = max(1.0, num_prompts / num_decodes)
+        spare_s = (self._stretch * crowd - 1.0) * decode_s
+        tokens = self._affordable(spare_s, MAX_GROWTH if crowd == 1.0 else BURST_GROWTH)
+        self._last_budget = max(self._even(tokens), self._min_chunk)
         return self._last_budget
 
-    def _affordable(self, spare_s: float, token_s: float) -> int:
-        """Return how many tokens fit; more than are known to fit only if each more cost what the last did."""
-        known = self._known_chunk
-        place = bisect.bisect_right(self._even_chunks, known)
-        longest = max(int(MAX_GROWTH * known), *self._even_chunks[place : place + 1], self._min_chunk)
-        if self._more_s > 0.0 and spare_s > self._known_s:
-            longest = min(longest, known + int((spare_s - self._known_s) / self._more_s))
-        return longest if token_s * longest <= spare_s else int(spare_s / token_s)
+    def _affordable(self, spare_s: float, growth: float) -> int:
+        """Return how many tokens fit by the line through what is known."""
+        chunk, chunk_s = self._chunk, statistics.median(self._chunk_s)
+        slope_s = self._slope_s
+        place = bisect.bisect_right(self._even_chunks, chunk)
+        longest = max(int(growth * chunk), *self._even_chunks[place : place + 1], self._min_chunk)
+        if slope_s <= 0.0:
+            return longest if spare_s >= chunk_s else self._min_chunk
+        return min(longest, chunk + int((spare_s - chunk_s) / slope_s))
 
     def _even(self, tokens: int) -> int:
         """Return the largest number that runs without padding; beyond them all steps are not padded."""
@@ -94,7 +113,3 @@ class Pacing:
             return None
         size = num_decodes.bit_length()
         return self._decode_s[min(self._decode_s, key=lambda known: abs(known - size))]
-
-
-def _mean(old: float | None, new: float, weight: float) -> float:
-    return new if old is None else old + weight * (new - old)
