@@ -41,7 +41,7 @@ CASES: dict[str, list[tuple[int, int]]] = {
 }
 VARIANTS: dict[str, Callable[..., None]] = {
     "as it is": lambda *a: paged_prefill(*a, counters()),
-    "triton": lambda *a: paged_prefill(*a, counters(), CUT),
+    "triton": lambda *a: paged_prefill(*a, counters(), cut=CUT),
     "hopper": hopper_prefill,
     "hopper, whole contexts": lambda *a: hopper_prefill(*a, wanted=1),
 }

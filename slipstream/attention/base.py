@@ -28,9 +28,9 @@ class AttentionCapability(Capability):
     `page_sizes` are tokens per block; `batch_invariant` means bit-equal results whatever else is in the
     batch; `graph` means that `run` may be captured and replayed for other lengths, longer spans by the tiles
     that the plan's cache then holds (`kernels.query_tiles.TILES`);
-    `cascade` that it reads a plan's `shared`; `native_blocks` that it has `native_step`, by which a whole
-    decoder block runs as one native call; `rotates` that it has `rotate_and_run`, which takes the
-    projection of q, k and v as it is.
+    `cascade` that it reads a plan's `shared`, `tree` its `tree_T`; `native_blocks` that it has `native_step`,
+    by which a whole decoder block runs as one native call; `rotates` that it has `rotate_and_run`, which
+    takes the projection of q, k and v as it is.
     """
 
     head_dims: frozenset[int] = frozenset()
@@ -100,7 +100,8 @@ class AttentionPlan:
 
     `step_cache` holds what a backend works out on the first layer that needs it and shares with the rest.
     `shared` says which of the one-token rows begin with the same pages, for a backend that serves `cascade`;
-    results are the same without it.
+    results are the same without it. `tree_T` are the bits of trees of drafts (`kernels/tree_masks.py`), 0 for
+    tokens of other spans; None in a step without trees, and for a backend that does not serve `tree`.
     """
 
     backend: AttentionBackend
@@ -110,6 +111,7 @@ class AttentionPlan:
     max_seq_len: int
     step_cache: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     shared: SharedPrefixes | None = None
+    tree_T: Tensor | None = None
 
     @classmethod
     def create(

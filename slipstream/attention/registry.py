@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from slipstream.attention.base import AttentionBackend, AttentionCapability
 from slipstream.core.cache_group import CacheGroup
-from slipstream.core.errors import ConfigError
+from slipstream.core.errors import ConfigError, UnsupportedError
 from slipstream.core.registry import Registry
 
 BACKENDS = Registry(
@@ -133,6 +133,23 @@ def find_obstacle(
         if obstacle:
             return obstacle
     return ""
+
+
+def require_trees(backend: AttentionBackend, facts: DeviceFacts, groups: Sequence[CacheGroup]) -> None:
+    """Raise UnsupportedError, naming backends that would do, where trees of drafts are not served."""
+    if backend.capability.tree:
+        return
+    name = next((name for name in BACKENDS if BACKENDS.get(name) is type(backend)), type(backend).__name__)
+    others = [
+        repr(other)
+        for other in PREFERENCE
+        if BACKENDS.get(other).capability.tree and _serves(other, facts, groups)
+    ]
+    advice = f"attn_backend={' or '.join(others)} does" if others else "none does for this model"
+    raise UnsupportedError(
+        f"Attention backend {name!r} serves no trees of drafts; on {facts.kind}, {advice}. Use that, or "
+        "draft no trees."
+    )
 
 
 def _dotted(sm: int) -> str:

@@ -2,8 +2,9 @@
 
 A step becomes pieces (`kernels/paged_attention.py`): one-token rows together, a few megabytes of keys at a
 time so that what was gathered is still in a cache when it is read, and long spans in runs of queries, each
-with only the pages it can see. The pieces depend on the step and the group, not on the layer, so the first
-layer of a group works them out and the plan keeps them.
+with only the pages it can see. Tokens of a tree of drafts run as rows of one token over the same pages. The
+pieces depend on the step and the group, not on the layer, so the first layer of a group works them out and
+the plan keeps them.
 Invariant: what is gathered, and what is masked, follows `seq_lens` itself, not the plan's bounds. On a GPU
 reading it waits for the device, once a step: this backend is the reference there, not the fast path.
 T tokens, N query heads, K kv heads, H head size, B rows, R rows of a piece, C blocks of a row, L positions.
@@ -21,6 +22,7 @@ from slipstream.attention.base import AttentionCapability, AttentionPlan, Attent
 from slipstream.core.batch import ForwardBatch
 from slipstream.kernels.paged_attention import paged_attention_op
 from slipstream.kernels.store_kv import store_kv
+from slipstream.kernels.tree_masks import visible_positions
 
 # Keys of one-token rows gathered at once; about a core's share of the last-level cache.
 MAX_GATHER_BYTES = 2 << 20
@@ -47,7 +49,7 @@ class Pieces:
 class TorchReference:
     """Gather pages, mask, scaled dot-product attention. Any head size, page size, window and soft cap."""
 
-    capability = AttentionCapability(window=True)
+    capability = AttentionCapability(window=True, tree=True)
 
     def plan(self, *, query_lens: Sequence[int], max_seq_lens: Sequence[int]) -> AttentionPlan:
         return AttentionPlan.create(self, query_lens, max_seq_lens)
@@ -101,6 +103,11 @@ def cut_pieces(
     for row in range(plan.num_decodes, len(plan.query_lens)):
         query_len = plan.query_lens[row]
         start = seq_lens[row] - query_len
+        if plan.tree_T is not None and int(plan.tree_T[token]):
+            tree_T = plan.tree_T[token : token + query_len]
+            _add_tree(pieces, table_BC[row], token, start, tree_T, block_tokens, window, max_blocks)
+            token += query_len
+            continue
         for offset in range(0, query_len, MAX_SPAN_QUERIES):
             count = min(MAX_SPAN_QUERIES, query_len - offset)
             _add_run(pieces, table_BC[row], token + offset, count, start + offset, block_tokens, window)
@@ -146,6 +153,31 @@ def _add_run(
     nothing = table_C.new_empty(0)
     geometry = (first_token, 1, count, low, high, position - seen)
     pieces.add(geometry, table_C[block : last_block + 1], nothing, nothing)
+
+
+def _add_tree(
+    pieces: Pieces,
+    table_C: Tensor,
+    first_token: int,
+    start: int,
+    tree_T: Tensor,
+    block_tokens: int,
+    window: int,
+    max_blocks: int,
+) -> None:
+    """Add a tree's tokens, a few at once. What one does not see is zeroed in its own copy: NaN stays away."""
+    seen, length = _first_seen(start, window), start + len(tree_T)
+    block, num_blocks = seen // block_tokens, -(-length // block_tokens)
+    visible_TL = visible_positions(tree_T, first=seen, length=length, window=window)
+    margins = (seen - block * block_tokens, num_blocks * block_tokens - length)
+    is_dead_TL = torch.nn.functional.pad(visible_TL.logical_not(), margins, value=True)
+    mask_TL = torch.zeros(is_dead_TL.shape, device=table_C.device).masked_fill_(is_dead_TL, float("-inf"))
+    at_once = max(1, max_blocks // (num_blocks - block))
+    for at in range(0, len(tree_T), at_once):
+        is_dead, mask = is_dead_TL[at : at + at_once], mask_TL[at : at + at_once]
+        geometry = (first_token + at, len(mask), 1, 0, mask.shape[1], 0)
+        pages = table_C[block:num_blocks].repeat(len(mask))
+        pieces.add(geometry, pages, mask[:, None, None, :], is_dead.flatten().nonzero().squeeze(1))
 
 
 def _add_rows(

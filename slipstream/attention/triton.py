@@ -48,6 +48,7 @@ class TritonAttention:
         min_sm=MIN_SM,
         head_dims=frozenset(range(8, MAX_HEAD_DIM + 1, 8)),
         window=True,
+        tree=True,
         cascade=True,
         graph=True,
         needs_triton=True,
@@ -132,8 +133,10 @@ class TritonAttention:
             self._attend_rows(q_TNH[:rows], cache, out_TNH[:rows], plan, settings)
         if rows < len(plan.query_lens):
             where = (batch.seq_lens, batch.query_start, self._tiles(plan, q_TNH))
+            # A kernel from outside need not know of trees to serve steps without.
+            trees = () if plan.tree_T is None else (plan.tree_T,)
             counters = self._zeros(q_TNH.device)
-            paged_prefill_op(q_TNH, kv_P2tKH, table_BC, *where, out_TNH, *settings, counters)
+            paged_prefill_op(q_TNH, kv_P2tKH, table_BC, *where, out_TNH, *settings, counters, *trees)
         return out_TNH
 
     def _attend_rows(

@@ -2,7 +2,8 @@
 
 The kernel of spans walks over a row's keys from its first one, in tiles of one size, whatever else the step
 holds; keys behind a query add exact zeros. The split kernel of one-token rows cuts a context by how busy the
-GPU is, so it is not used. Under a window the walk would start where the tile does, so windows are not served.
+GPU is, so it is not used. Under a window the walk would start where the tile does, so windows are not served;
+nor are trees of drafts, whose tokens lie in other places than the same tokens accepted.
 Invariant: what a query gets depends on its row alone, not on the chunk that it came in.
 R one-token rows, M tiles of queries.
 """
@@ -25,7 +26,7 @@ class TritonInvariant(TritonAttention):
     """Paged attention in Triton by one kernel of one shape: full attention, heads of up to 256."""
 
     capability = dataclasses.replace(
-        TritonAttention.capability, window=False, cascade=False, batch_invariant=True
+        TritonAttention.capability, window=False, tree=False, cascade=False, batch_invariant=True
     )
     fuses_one_row = False
 

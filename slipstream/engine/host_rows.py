@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slipstream.core.plan import Span
-from slipstream.engine.rows import Rows, StepInputs
+from slipstream.engine.rows import Rows, StepInputs, tree_lines
 
 
 class HostRows(Rows):
@@ -57,17 +57,20 @@ class HostRows(Rows):
         bounds = planned + lens
         num_blocks = -(-int(bounds.max()) // self.block_tokens)
         pages = self._table[:, rows_T, positions // self.block_tokens].astype(np.int64)
+        trees_2T = tree_lines(spans, total)
+        places = positions if trees_2T is None else positions + trees_2T[1]
         return StepInputs(
             rows_B=torch.from_numpy(rows),
             row_of_T=torch.from_numpy(row_of),
             query_start=torch.from_numpy(query_start),
-            positions_T=torch.from_numpy(positions),
+            positions_T=torch.from_numpy(places),
             token_ids_T=torch.from_numpy(self._tokens[rows_T, positions].astype(np.int64)),
             seq_lens=torch.from_numpy(starts + lens),
             slots_GT=torch.from_numpy(pages * self.block_tokens + positions % self.block_tokens),
             block_table_GBM=torch.from_numpy(self._table[:, rows, :num_blocks]),
             query_lens=query_lens,
             max_seq_lens=bounds.tolist(),
+            tree_T=None if trees_2T is None else torch.from_numpy(trees_2T[0]),
         )
 
     def append(self, rows_R: Tensor, token_ids_R: Tensor) -> None:

@@ -16,11 +16,16 @@ import torch
 from torch import Tensor
 
 from slipstream.core.plan import Span, StepPlan
+from slipstream.kernels.tree_masks import tree_of
 
 
 @dataclasses.dataclass(slots=True)
 class StepInputs:
-    """Device tensors of one step. G groups, T tokens, B rows of the batch; `bound` is the longest row."""
+    """Device tensors of one step. G groups, T tokens, B rows of the batch; `bound` is the longest row.
+
+    `positions_T` are those of rotary embeddings, in a tree of drafts others than the slots'. `tree_T` are the
+    bits of trees, None in a step without.
+    """
 
     rows_B: Tensor
     row_of_T: Tensor
@@ -32,6 +37,24 @@ class StepInputs:
     block_table_GBM: Tensor
     query_lens: list[int]
     max_seq_lens: list[int]
+    tree_T: Tensor | None = None
+
+
+def tree_lines(spans: Sequence[Span], num_tokens: int) -> np.ndarray | None:
+    """Return per token of the step its tree's bits, and its depth less its offset; None without a tree."""
+    if not [span for span in spans if span.parents is not None]:
+        return None
+    lines_2T = np.zeros((2, num_tokens), dtype=np.int64)
+    first = 0
+    for span in spans:
+        # A lone token of a tree is one of any row.
+        if span.parents is not None and span.len > 1:
+            tree = tree_of(tuple(span.parents))
+            lines_2T[0, first : first + span.len] = tree.bits
+            lines_2T[1, first : first + span.len] = tree.depths
+            lines_2T[1, first : first + span.len] -= np.arange(span.len)
+        first += span.len
+    return lines_2T if lines_2T[0].any() else None
 
 
 class Rows:
@@ -129,14 +152,20 @@ class Rows:
         host[0] = [span.row for span in spans]
         host[1] = [span.start for span in spans]
         bounds = host[1] + lens
-        packed = torch.from_numpy(np.concatenate([host[0], host[1], lens, ends - lens, [total], row_of]))
+        trees_2T = tree_lines(spans, total)
+        trees = () if trees_2T is None else (trees_2T.reshape(-1),)
+        packed = torch.from_numpy(
+            np.concatenate([host[0], host[1], lens, ends - lens, [total], row_of, *trees])
+        )
         if self._device.type == "cuda":
             # From ordinary memory the copy could wait for the steps before it.
             packed = packed.pin_memory().to(self._device, non_blocking=True)
         size = len(spans)
         rows_B, start_B, len_B = packed[:size], packed[size : 2 * size], packed[2 * size : 3 * size]
         query_start = packed[3 * size : 4 * size + 1]
-        row_of_T = packed[4 * size + 1 :]
+        row_of_T, tree_T, shift_T = packed[4 * size + 1 :], None, None
+        if trees_2T is not None:
+            row_of_T, tree_T, shift_T = row_of_T.view(3, total)
         # A decode span's start is an upper bound; the device's length decides.
         start_B = torch.minimum(start_B, self.lengths[rows_B] - 1)
         offset_T = torch.arange(total, device=self._device) - query_start[row_of_T]
@@ -148,13 +177,14 @@ class Rows:
             rows_B=rows_B,
             row_of_T=row_of_T,
             query_start=query_start,
-            positions_T=positions_T,
+            positions_T=positions_T if shift_T is None else positions_T + shift_T,
             token_ids_T=self.tokens[rows_T, positions_T].to(torch.int64),
             seq_lens=start_B + len_B,
             slots_GT=pages_GT * self.block_tokens + positions_T % self.block_tokens,
             block_table_GBM=self.block_table[:, rows_B, :num_blocks],
             query_lens=query_lens,
             max_seq_lens=bounds.tolist(),
+            tree_T=tree_T,
         )
 
     def append(self, rows_R: Tensor, token_ids_R: Tensor) -> None:

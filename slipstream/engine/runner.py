@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slipstream.attention.base import AttentionBackend
+from slipstream.attention.registry import DeviceFacts, require_trees
 from slipstream.core.batch import ForwardBatch
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.errors import UnsupportedError
@@ -32,6 +33,7 @@ from slipstream.engine.shared_rows import SharedRows, heads_of_kv_head, shares_b
 from slipstream.engine.step_handle import Drawn, StepHandle, read_step
 from slipstream.engine.step_shapes import StepShape, StepShapes, is_decode_step
 from slipstream.engine.wanted_logits import WantedLogits
+from slipstream.kernels.tree_masks import require_tree
 from slipstream.sampling.base import HostCopy
 from slipstream.sampling.history import TokenHistory
 from slipstream.sampling.processors import ProcessorTable
@@ -39,6 +41,9 @@ from slipstream.sampling.sampler import Sampler
 from slipstream.sampling.state import to_device
 
 logger = logging.getLogger(__name__)
+
+# A capture that takes longer has compiled something.
+LONGEST_CAPTURE_S = 0.3
 
 
 class StepRunner(Protocol):
@@ -179,12 +184,17 @@ class Runner:
             return self.graphs.capture(shape, self.model, self._kv)
 
     def capture_within(self, budget_s: float) -> None:
-        """Capture steps before there are requests, the most useful ones first, until the time is over."""
-        deadline = time.monotonic() + budget_s
+        """Capture steps before there are requests, the most useful ones first, until the time is over.
+
+        Compiling, which a machine does once, is not of that time.
+        """
+        left_s = budget_s
         for shape in self.graphs.missing() if self.graphs is not None else []:
-            if time.monotonic() >= deadline:
+            if left_s <= 0.0:
                 break
+            started = time.monotonic()
             self.capture(shape)
+            left_s -= min(time.monotonic() - started, LONGEST_CAPTURE_S)
 
     @property
     def wants_capture(self) -> bool:
@@ -220,8 +230,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> StepHandle:
         """Apply a plan and run its forward; blocks on a CPU, only enqueues on a GPU."""
         handle = StepHandle(plan)
-        if plan.loads or plan.stores:
-            raise UnsupportedError("Plans with loads or stores are not served by this version.")
+        self._require_served(plan)
         try:
             with torch.inference_mode():
                 self._apply(plan)
@@ -230,6 +239,22 @@ class Runner:
             logger.exception("step %d failed", plan.step_id)
             handle.error = self.describe_fault(error)
         return handle
+
+    def _require_served(self, plan: StepPlan) -> None:
+        """Raise for what no step can do, before anything has changed."""
+        if plan.loads or plan.stores:
+            raise UnsupportedError("Plans with loads or stores are not served by this version.")
+        if [span for span in plan.spans if span.stream != "decoder" or not span.causal]:
+            raise UnsupportedError("Encoder and non-causal spans are not served by this version.")
+        for span in [span for span in plan.spans if span.parents is not None]:
+            require_tree(span.parents or (), row=span.row, num_tokens=span.len)
+            if span.len > 1:
+                require_trees(self.backend, DeviceFacts(device=str(self._device)), self.groups)
+            if span.len > 1 and span.row in plan.sample:
+                raise UnsupportedError(
+                    f"Row {span.row} runs a tree of drafts and is to be sampled, and which of them its token "
+                    "would follow is not known; ask for the logits of its tokens instead (plan.logits)."
+                )
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.removed:
@@ -253,8 +278,6 @@ class Runner:
 
     def _forward(self, handle: StepHandle) -> None:
         plan = handle.plan
-        if [s for s in plan.spans if s.stream != "decoder" or s.parents is not None or not s.causal]:
-            raise UnsupportedError("Encoder, tree and non-causal spans are not served by this version.")
         if not plan.spans or self._replay(handle):
             return
         handle.open_rows = plan.sample
@@ -281,6 +304,8 @@ class Runner:
         """Run the step by a captured graph or as one native call, where there is one for it."""
         plan, steps = handle.plan, self._steps
         shape = steps.shape_of(plan) if steps is not None else None
+        if self.graphs is not None:
+            shape = self._capture_due(self.graphs) or shape
         if steps is None or shape is None:
             return False
         inside = self._inside(plan.sample)
@@ -294,6 +319,18 @@ class Runner:
         step = steps.launch(plan, shape, self.model, self._kv, inside=by_span)
         self._take(handle, step, by_span)
         return True
+
+    def _capture_due(self, graphs: StepGraphs) -> StepShape | None:
+        """Capture what was missed too often, now that it is missed again; None where nothing was or it fails."""
+        shape = graphs.take_due()
+        if shape is None:
+            return None
+        try:
+            graphs.capture_late(shape, self.model, self._kv)
+        except Exception:
+            logger.exception("a step of %s could not be captured and runs as before", shape)
+            return None
+        return shape
 
     def _take(self, handle: StepHandle, step: StepOutput, inside: list[int]) -> None:
         """Note what a step chose inside, and leave the logits of the other sampled rows to be drawn from."""
@@ -331,6 +368,7 @@ class Runner:
 
     def _batch(self, plan: StepPlan, inputs: StepInputs) -> ForwardBatch:
         attention_plan = self.backend.plan(query_lens=inputs.query_lens, max_seq_lens=inputs.max_seq_lens)
+        attention_plan.tree_T = inputs.tree_T
         if self._shared is not None and is_decode_step(plan) and self._shared.of_step(plan.sample):
             attention_plan.shared = self._shared.views(len(plan.sample))
             self._shared.count()

@@ -24,6 +24,7 @@ from slipstream.kernels.plugins import DTYPES, KernelPlugin, facts_of_call, obst
 from slipstream.kernels.query_tiles import tile_queries
 from slipstream.kernels.registration import DEFINITIONS
 from slipstream.kernels.rotary import rotary_table
+from slipstream.kernels.tree_masks import tree_of
 
 # Of a value's size, and of 1 where it is smaller: the rounding of the result and of sums in the wide type.
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -108,7 +109,7 @@ def _problem_of(
     except Exception as error:
         return f"it raised {type(error).__name__}: {error}"
     declared = op._schema.arguments
-    for place, argument in enumerate(declared):
+    for place, argument in enumerate(declared[: len(arguments)]):
         if not isinstance(arguments[place], Tensor):
             continue
         is_written = argument.alias_info is not None and argument.alias_info.is_write
@@ -264,6 +265,32 @@ def _paged_prefill(dtype: torch.dtype) -> Iterator[Case]:
             rows = (torch.tensor(lengths), start, torch.tensor(tiles, dtype=torch.int32), out)
             tail = (*rows, size**-0.5, window, softcap, torch.zeros(NUM_COUNTERS, dtype=torch.int32))
             yield Case(label, (q, pages, table, *tail), (0, 1, 6))
+    yield from _paged_trees(dtype)
+
+
+def _paged_trees(dtype: torch.dtype) -> Iterator[Case]:
+    """Trees of drafts beside an ordinary span, some behind a context; one token of each holds NaN."""
+    trees = (None, (-1, 0, 0, 1, 2), (-1, -1, *range(38)), tuple((i - 1) // 2 for i in range(64)))
+    queries, lengths = [6, 5, 40, 64], [20, 40, 40, 140]
+    step = tile_queries(dtype)
+    tiles = [(row, at) for row, count in enumerate(queries) for at in range(0, count, step)]
+    start = torch.tensor([0, *queries]).cumsum(0)
+    bits = [bit for parents, n in zip(trees, queries, strict=True) for bit in _bits_of(parents, n)]
+    for heads, kv_heads, size in HEADS:
+        for window, softcap in SCORING:
+            pages, table = _pages(lengths, kv_heads, size, 16)
+            for row, length in enumerate(lengths[1:], start=1):
+                pages[table[row, (length - 1) // 16], :, (length - 1) % 16] = math.nan
+            q, out = _draw(sum(queries), heads, size), torch.full((sum(queries), heads, size), math.nan)
+            label = f"trees, {heads} and {kv_heads} heads of {size}, window {window}, soft cap {softcap}"
+            rows = (torch.tensor(lengths), start, torch.tensor(tiles, dtype=torch.int32), out)
+            counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32)
+            tail = (*rows, size**-0.5, window, softcap, counters, torch.tensor(bits))
+            yield Case(label, (q, pages, table, *tail), (0, 1, 6))
+
+
+def _bits_of(parents: tuple[int, ...] | None, num_tokens: int) -> tuple[int, ...]:
+    return (0,) * num_tokens if parents is None else tree_of(parents).bits
 
 
 def _greedy_append(dtype: torch.dtype) -> Iterator[Case]:

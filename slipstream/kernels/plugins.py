@@ -26,6 +26,9 @@ MAX_REMEMBERED = 4096
 BOTH = frozenset({"cpu", "cuda"})
 GPU_ONLY = frozenset({"cuda"})
 
+# Where `paged_prefill` has the bits of trees of drafts; no other op that is open has as many arguments.
+TREE_PLACE = 11
+
 # The ops that a plugin may compute, and on which devices a step calls them as ops.
 OPEN_OPS: dict[str, frozenset[str]] = {
     "rms_norm": BOTH,
@@ -55,13 +58,15 @@ class KernelCapability(Capability):
     """Which calls a kernel serves; 0 means no limit.
 
     A call's `dtype` is that of its first floating tensor; its tokens and columns are the first and the last
-    size of its first tensor. `batch_invariant` promises that a token's bits do not depend on its neighbours.
+    size of its first tensor. `tree` says that a kernel for `paged_prefill` takes `tree_T`.
+    `batch_invariant` promises that a token's bits do not depend on its neighbours.
     """
 
     dtypes: frozenset[str] = frozenset(DTYPES)
     max_tokens: int = 0
     max_columns: int = 0
     column_multiple: int = 1
+    tree: bool = False
     batch_invariant: bool = False
 
 
@@ -74,6 +79,7 @@ class KernelFacts:
     dtype: str = ""
     tokens: int = 0
     columns: int = 0
+    tree: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +118,8 @@ def obstacle_to(capability: KernelCapability, facts: KernelFacts) -> str:
         return f"it serves at most {capability.max_columns} columns, not {facts.columns}"
     if facts.columns % capability.column_multiple:
         return f"it serves multiples of {capability.column_multiple} columns, not {facts.columns}"
+    if facts.tree and not capability.tree:
+        return "it serves no trees of drafts"
     return ""
 
 
@@ -241,6 +249,7 @@ KERNELS = KernelTable()
 
 def facts_of_call(arguments: Iterable[Any]) -> KernelFacts:
     """Look at the tensors of a call; only sizes and types, never values."""
+    arguments = tuple(arguments)
     tensors = [argument for argument in arguments if hasattr(argument, "is_floating_point")]
     first = tensors[0]
     floating = next((tensor for tensor in tensors if tensor.is_floating_point()), first)
@@ -250,6 +259,7 @@ def facts_of_call(arguments: Iterable[Any]) -> KernelFacts:
         dtype=str(floating.dtype).removeprefix("torch."),
         tokens=first.shape[0] if first.ndim else 1,
         columns=first.shape[-1] if first.ndim else 1,
+        tree=len(arguments) > TREE_PLACE and arguments[TREE_PLACE] is not None,
     )
 
 

@@ -29,7 +29,7 @@ def test_what_a_plan_needs() -> None:
         plan_of(*three, sample=[0, 4, 2]),
         plan_of(*three, logits=[(4, 9, 1, "hidden_states")]),
         plan_of(*three, Span(1, 0, 5), logits=[(1, 0, 5, "prompt_logprobs")]),
-        plan_of(Span(1, 9, 2, parents=(0, 1))),
+        plan_of(Span(1, 9, 2, parents=(-1, 0))),
         # One-token rows come first, or they are not where a captured step looks for them.
         plan_of(Span(1, 0, 5), Span(2, 9, 1)),
         plan_of(),

@@ -25,14 +25,14 @@ def test_every_open_op_has_a_grid() -> None:
 
 @pytest.mark.parametrize("op", OPEN_OPS)
 def test_a_definition_is_approved_by_its_own_grid(op: str) -> None:
-    found = check_kernel(plugin(definition_of(op), op), device="cpu")
+    found = check_kernel(plugin(definition_of(op), op, tree=True), device="cpu")
     assert found.is_good and found.num_passed >= 9 and not found.num_not_covered, list(found.describe())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPEN_OPS)
 def test_our_kernels_are_approved_on_a_gpu(op: str) -> None:
-    found = check_kernel(plugin(our_kernel(op, "cuda"), op), device="cuda")
+    found = check_kernel(plugin(our_kernel(op, "cuda"), op, tree=True), device="cuda")
     assert found.is_good, list(found.describe())
 
 
@@ -82,6 +82,18 @@ def test_reading_behind_a_sequence_is_seen() -> None:
 
     found = check_kernel(plugin(reads_everything, "paged_decode"), device="cpu")
     assert not found.is_good and "not finite" in found.failures[0]
+
+
+def test_a_kernel_takes_trees_or_is_not_asked_to() -> None:
+    """One that knows of none serves the rest; one that says it takes them and does not is seen."""
+
+    def in_order(*arguments: Any) -> None:
+        definition_of("paged_prefill")(*arguments[:11])
+
+    found = check_kernel(plugin(in_order, "paged_prefill"), device="cpu")
+    assert found.is_good and found.num_passed == found.num_not_covered == 36
+    found = check_kernel(plugin(in_order, "paged_prefill", tree=True), device="cpu")
+    assert len(found.failures) == 36 and all(one.startswith("trees") for one in found.failures)
 
 
 def test_only_covered_cases_run_and_none_is_no_approval() -> None:

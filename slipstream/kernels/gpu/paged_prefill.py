@@ -5,6 +5,8 @@ A program walks over the keys that its queries can see and keeps a running softm
 query sees need no mask and come first; the last ones hold the diagonal. With enough tiles for the whole GPU a
 program takes a tile of one head. With fewer, it takes a few queries of all heads that share keys, and one
 share of the context; shares are kept in float32, and whoever ends last joins them in their order.
+Of a tree of drafts the tiles that hold the span itself are masked by its bits (`tree_masks.py`); the context
+before it is walked as any other.
 Invariant: nothing behind a row's length or before the tile's first window is read; how a context is cut
 depends on the number of tiles and the true length, not on a bound, so that a captured step computes the same.
 Source: Dao, FlashAttention-2, arXiv 2307.08691; shares as in Dao et al., Flash-Decoding for long-context
@@ -27,7 +29,9 @@ from torch import Tensor
 
 from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next, wait_for_previous
 from slipstream.kernels.gpu.paged_decode import LOG2_E, capped_scores
+from slipstream.kernels.gpu.tree_masks import keep_apart, place_queries, sees
 from slipstream.kernels.query_tiles import tile_queries
+from slipstream.kernels.tree_masks import MAX_TREE_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +87,9 @@ class Launch(NamedTuple):
 def _visit(
     acc, best, total, q, q_position, kv_base, v_offset, table_base, at, last,
     page_stride, token_stride, scale_log2, cap_log2, window, n, h,
+    span_start, q_low, q_high, q_place,
     HEAD: tl.constexpr, PAGE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    IS_DIAGONAL: tl.constexpr, IS_EXACT: tl.constexpr, IS_PADDED: tl.constexpr,
+    HAS_TREE: tl.constexpr, IS_DIAGONAL: tl.constexpr, IS_EXACT: tl.constexpr, IS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into the running softmax."""
     position = at + n
@@ -106,14 +111,20 @@ def _visit(
     else:
         scores = tl.dot(q, tl.trans(k))
     scores = capped_scores(scores, scale_log2, cap_log2, HAS_CAP)
-    if IS_DIAGONAL:
+    if IS_DIAGONAL and HAS_TREE:
+        is_seen = sees(q_low, q_high, q_position, span_start, position, last)
+        scores = tl.where(is_seen, scores, float("-inf"))
+    elif IS_DIAGONAL:
         scores = tl.where(position[None, :] <= q_position[:, None], scores, float("-inf"))
     if HAS_WINDOW:
-        scores = tl.where(position[None, :] > q_position[:, None] - window, scores, float("-inf"))
+        # A draft's slot lies no earlier than its place: what a window leaves of the tree, the bits say.
+        scores = tl.where(position[None, :] > q_place[:, None] - window, scores, float("-inf"))
     # Not -inf: a query of this tile may see nothing of the first tiles of keys.
     larger = tl.maximum(tl.maximum(best, tl.max(scores, 1)), -1e30)
     weights = tl.exp2(scores - larger[:, None])
     shrink = tl.exp2(best - larger)
+    if IS_DIAGONAL and HAS_TREE:
+        weights, v = keep_apart(scores, weights, v)
     total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
     if IS_EXACT:
@@ -150,15 +161,35 @@ def _write(acc, total, at_out, is_query):
     tl.store(at_out, out.to(at_out.dtype.element_ty), mask=is_query)
 
 
+@triton.jit
+def _hand_in(
+    acc, best, total, at_out, is_query, part_ptr, stats_ptr, counters_ptr, used, unit, m, h,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Keep one share of a tile; whoever brings the last of `used` joins and writes them."""
+    group = unit * tl.num_programs(1) + tl.program_id(1)
+    first = group.to(tl.int64) * tl.num_programs(2)
+    line = first + tl.program_id(2)
+    tl.store(part_ptr + line * BLOCK_M * BLOCK_H + m[:, None] * BLOCK_H + h[None, :], acc)
+    tl.store(stats_ptr + line * 2 * BLOCK_M + m, best)
+    tl.store(stats_ptr + (line * 2 + 1) * BLOCK_M + m, total)
+    # All lanes have stored before one of them says so.
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + group, 1, sem="acq_rel") == used - 1:
+        acc, total = _join(part_ptr, stats_ptr, first, used, m, h, BLOCK_M, BLOCK_H)
+        _write(acc, total, at_out, is_query)
+        tl.store(counters_ptr + group, 0)
+
+
 @triton.jit(do_not_specialize=["subs", "wanted"])
 def _prefill(
     q_ptr, kv_ptr, table_ptr, lens_ptr, start_ptr, tiles_ptr, out_ptr, part_ptr, stats_ptr, counters_ptr,
-    q_stride_t, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,
+    tree_ptr, q_stride_t, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,
     out_stride_t, out_stride_n, scale_log2, cap_log2, window, subs, wanted,
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr,
     PACK: tl.constexpr, SHORTEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SHARES: tl.constexpr,
-    IS_FIXED: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
+    HAS_TREE: tl.constexpr, IS_FIXED: tl.constexpr, IS_EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     unit, head = tl.program_id(0), tl.program_id(1) * PACK
     start_next(PDL)
@@ -179,14 +210,23 @@ def _prefill(
     is_query = is_own[:, None] & (h[None, :] < HEAD)
     q_line, q_head = (token + offset + query)[:, None], (head + m % PACK)[:, None]
     q = tl.load(q_ptr + q_line * q_stride_t + q_head * q_stride_n + h[None, :], mask=is_query, other=0.0)
-    first_position = length - count + offset
+    span_start = length - count
+    first_position = span_start + offset
     q_position = first_position + query
     last = tl.minimum(length, first_position + QUERIES)
+    # Where queries stand, as windows count, the first of them, and up to where the whole tile sees all keys.
+    q_place, first_place, common = q_position, first_position, first_position + 1
+    q_low, q_high = query, query
+    if HAS_TREE:
+        q_bits = tl.load(tree_ptr + token + offset + query, mask=is_own, other=0)
+        q_low, q_high, q_place = place_queries(q_bits, q_position, span_start, window, HAS_WINDOW)
+        first_place = tl.min(tl.where(is_own, q_place, last))
+        common = tl.where(tl.load(tree_ptr + token) != 0, span_start, common)
     low = 0
     if HAS_WINDOW:
-        low = tl.maximum(0, first_position - window + 1)
-    # Keys up to the first query's own are seen by the whole tile; bits may differ from those under a mask.
-    whole = low if IS_FIXED else low + (first_position + 1 - low) // BLOCK_N * BLOCK_N
+        low = tl.maximum(0, first_place - window + 1)
+    # No mask for those; bits may differ from those under one.
+    whole = low if IS_FIXED else low + tl.maximum(common - low, 0) // BLOCK_N * BLOCK_N
     used = 1
     if HAS_SHARES:
         pieces = tl.minimum(wanted, tl.maximum((last - low) // SHORTEST, 1))
@@ -205,31 +245,23 @@ def _prefill(
     for at in range(low, whole, BLOCK_N):
         acc, best, total = _visit(
             acc, best, total, q, q_position, kv_base, v_offset, table_base, at, last,
-            page_stride, token_stride, scale_log2, cap_log2, window, n, h,
-            HEAD, PAGE, HAS_CAP, HAS_WINDOW, False, IS_EXACT, HEAD != BLOCK_H,
+            page_stride, token_stride, scale_log2, cap_log2, window, n, h, span_start, q_low, q_high, q_place,
+            HEAD, PAGE, HAS_CAP, HAS_WINDOW, HAS_TREE, False, IS_EXACT, HEAD != BLOCK_H,
         )  # fmt: skip
     for at in range(whole, last, BLOCK_N):
         acc, best, total = _visit(
             acc, best, total, q, q_position, kv_base, v_offset, table_base, at, last,
-            page_stride, token_stride, scale_log2, cap_log2, window, n, h,
-            HEAD, PAGE, HAS_CAP, HAS_WINDOW, True, IS_EXACT, HEAD != BLOCK_H,
+            page_stride, token_stride, scale_log2, cap_log2, window, n, h, span_start, q_low, q_high, q_place,
+            HEAD, PAGE, HAS_CAP, HAS_WINDOW, HAS_TREE, True, IS_EXACT, HEAD != BLOCK_H,
         )  # fmt: skip
     at_out = out_ptr + q_line * out_stride_t + q_head * out_stride_n + h[None, :]
     if used == 1:
         _write(acc, total, at_out, is_query)
     else:
-        group = unit * tl.num_programs(1) + tl.program_id(1)
-        first = group.to(tl.int64) * tl.num_programs(2)
-        line = first + tl.program_id(2)
-        tl.store(part_ptr + line * BLOCK_M * BLOCK_H + m[:, None] * BLOCK_H + h[None, :], acc)
-        tl.store(stats_ptr + line * 2 * BLOCK_M + m, best)
-        tl.store(stats_ptr + (line * 2 + 1) * BLOCK_M + m, total)
-        # All lanes have stored before one of them says so.
-        tl.debug_barrier()
-        if tl.atomic_add(counters_ptr + group, 1, sem="acq_rel") == used - 1:
-            acc, total = _join(part_ptr, stats_ptr, first, used, m, h, BLOCK_M, BLOCK_H)
-            _write(acc, total, at_out, is_query)
-            tl.store(counters_ptr + group, 0)
+        _hand_in(
+            acc, best, total, at_out, is_query, part_ptr, stats_ptr, counters_ptr, used, unit, m, h,
+            BLOCK_M, BLOCK_H,
+        )  # fmt: skip
 
 
 def _ceil(number: int, step: int) -> int:
@@ -313,6 +345,7 @@ def paged_prefill(
     window: int,
     softcap: float,
     counters: Tensor | None = None,
+    tree_T: Tensor | None = None,
     cut: Cut | None = None,
 ) -> None:
     """Attend and write `out_TNH`; see `kernels/paged_prefill.py`. Only enqueues. `cut` is for tuning."""
@@ -321,10 +354,11 @@ def paged_prefill(
     if len(tiles_M2) == 0:
         return
     bound = table_BC.shape[1] * page_tokens
-    bound = min(bound, window + tile_queries(q_TNH.dtype)) if window else bound
-    faster = (
-        faster_kernel() if counters is not None and cut is None and has_full_tiles(q_TNH, tiles_M2) else None
-    )
+    # Drafts stand no further apart than the slots of a tree.
+    widest = tile_queries(q_TNH.dtype) if tree_T is None else MAX_TREE_TOKENS
+    bound = min(bound, window + widest) if window else bound
+    is_plain = counters is not None and cut is None and tree_T is None
+    faster = faster_kernel() if is_plain and has_full_tiles(q_TNH, tiles_M2) else None
     if faster is not None and faster.serves(q_TNH, kv_P2tKH):
         places = (table_BC, seq_lens_B, query_start_B, tiles_M2)
         faster.hopper_prefill(q_TNH, kv_P2tKH, *places, out_TNH, scale, window, softcap)
@@ -340,12 +374,13 @@ def paged_prefill(
         stats = torch.empty(lines, 2, dtype=torch.float32, device=q_TNH.device)
     _prefill[grid](
         q_TNH, kv_P2tKH, table_BC, seq_lens_B, query_start_B, tiles_M2, out_TNH, part, stats, zeros,
+        q_TNH if tree_T is None else tree_T,
         q_TNH.stride(0), q_TNH.stride(1), kv_P2tKH.stride(0), kv_P2tKH.stride(1), kv_P2tKH.stride(2),
         kv_P2tKH.stride(3), table_BC.stride(0), out_TNH.stride(0), out_TNH.stride(1),
         scale * LOG2_E, softcap * LOG2_E if softcap else 1.0, window, way.subs, way.wanted,
         GROUP=heads // kv_heads, HEAD=size, PAGE=page_tokens, TILE=tile_queries(q_TNH.dtype),
         QUERIES=way.queries, PACK=way.pack, SHORTEST=cut.shortest, BLOCK_M=cut.lines, BLOCK_N=cut.keys,
         BLOCK_H=block_h, HAS_CAP=softcap > 0, HAS_WINDOW=window > 0, HAS_SHARES=way.shares > 1,
-        IS_FIXED=counters is None, IS_EXACT=q_TNH.dtype == torch.float32,
+        HAS_TREE=tree_T is not None, IS_FIXED=counters is None, IS_EXACT=q_TNH.dtype == torch.float32,
         num_warps=cut.warps, num_stages=cut.stages, **launch_options(q_TNH),
     )  # fmt: skip

@@ -82,7 +82,7 @@ class Step:
             self.window,
             self.softcap,
             self.counters if is_cut else None,
-            cut,  # type: ignore[arg-type]
+            cut=cut,  # type: ignore[arg-type]
         )
         return out
 
@@ -165,7 +165,7 @@ def test_an_empty_row_does_nothing(device: str) -> None:
     pages, table = step.pages.to(device), step.table.to(device)
     file.paged_prefill(
         step.q.to(device), pages, table, none, start, tiles.to(device), out, 0.1, 0, 0.0, step.counters,
-        small_cut(),  # type: ignore[arg-type]
+        cut=small_cut(),  # type: ignore[arg-type]
     )  # fmt: skip
     assert bool(out.isnan().all()) and not step.counters.any()
 
