@@ -21,9 +21,10 @@ class CudaGraphConfig:
     `batch_sizes` are the numbers of decoding rows to capture; `max_batch_size` bounds them. With
     `enable_padding` a step takes the next larger size, its unused rows idle, and steps with pieces of prompts
     are captured too. Then capturing is done before the engine is ready, the most useful steps first, for at
-    most `capture_budget_s` seconds; the others are captured while no request runs, so that none waits for
-    them. Without padding only steps of exactly these sizes are replayed, and each is captured when it
-    is first met. A lone prompt's step is captured either way. `enforce_eager=True` turns all of it off.
+    most `capture_budget_s` seconds beside compiling; the others are captured while no request runs, or once
+    running without them has cost as much as capturing them. Without padding only steps of exactly these sizes
+    are replayed, and each is captured when it is first met. A lone prompt's step is captured either way.
+    `enforce_eager=True` turns all of it off.
     """
 
     batch_sizes: Sequence[int] | None = None

@@ -45,6 +45,10 @@ KvPlaces = tuple[list[Tensor], list[tuple[int, int]]]
 
 logger = logging.getLogger(__name__)
 
+# What a step loses that runs in a larger shape or kernel by kernel, and what a capture takes: a millisecond
+# or two, some tens, and less than a hundred.
+PADDED, PLAIN, WORTH = 1, 16, 32
+
 
 @dataclasses.dataclass(slots=True)
 class Captured:
@@ -216,8 +220,9 @@ class StepGraphs:
         self._layout = Layout(tile_queries=tile_queries(dtype), tiles_rows=backend.capability.batch_invariant)
         self._inputs: StaticInputs | None = None
         self._captured: dict[StepShape, Captured] = {}
-        # How often a plan would have run in a shape that was not there.
+        # What plans have lost that would have run in a shape that was not there, and the one to capture now.
         self._wanted: Counter[StepShape] = Counter()
+        self._due: StepShape | None = None
         self._failed: set[StepShape] = set()
         self._last_rows: tuple[StepShape, list[int], list[int]] | None = None
         self.num_late_captures = 0
@@ -226,6 +231,7 @@ class StepGraphs:
         """Let go of everything captured and its memory."""
         self._captured.clear()
         self._failed.clear()
+        self._due = None
         self._inputs, self._last_rows = None, None
 
     def shape_of(self, plan: StepPlan) -> StepShape | None:
@@ -243,9 +249,16 @@ class StepGraphs:
                 break
             if not self._shapes.has_padding:
                 return best
-        if best is not None and found != best:
-            self._wanted[best] += 1
+        if best is not None and found != best and best not in self._failed:
+            self._wanted[best] += PLAIN if found is None else PADDED
+            if self._wanted[best] >= WORTH:
+                self._due = best
         return found
+
+    def take_due(self) -> StepShape | None:
+        """Return the shape that was missed so often that its capture pays now, once."""
+        due, self._due = self._due, None
+        return due
 
     @property
     def is_missing(self) -> bool:
@@ -274,6 +287,11 @@ class StepGraphs:
         logger.debug("captured %s in %.3f s", shape, time.monotonic() - started)
         return made
 
+    def capture_late(self, shape: StepShape, model: Any, kv: KvPlaces) -> Captured:
+        """Capture a step that requests wait for."""
+        self.num_late_captures += 1
+        return self.capture(shape, model, kv)
+
     def launch(
         self, plan: StepPlan, shape: StepShape, model: Any, kv: KvPlaces, *, inside: Sequence[int]
     ) -> StepOutput:
@@ -283,8 +301,7 @@ class StepGraphs:
         """
         captured = self._captured.get(shape)
         if captured is None:
-            self.num_late_captures += 1
-            captured = self.capture(shape, model, kv)
+            captured = self.capture_late(shape, model, kv)
         if self._shared is not None and shape.shared:
             self._shared.of_step(plan.sample)
             self._shared.count()

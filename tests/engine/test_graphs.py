@@ -25,6 +25,7 @@ from slipstream.engine.control import EngineControl
 from slipstream.engine.engine import Engine
 from slipstream.engine.graphs import StepGraphs
 from slipstream.engine.rows import Rows
+from slipstream.engine.runner import LONGEST_CAPTURE_S
 from slipstream.engine.step_shapes import StepShape, StepShapes
 from tests.engine.fake_capture import FakeCapture, captured_engine
 from tests.engine.test_laws import GREEDY, PROMPTS, SAMPLED, SAMPLED_PROMPTS
@@ -212,20 +213,68 @@ def test_a_capture_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch
 def test_the_budget_ends_the_captures_of_a_start(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = engine_on_cpu(llama, monkeypatch, shapes_of())
     clock = iter(range(100))
+    # Every look at the clock is a second later, so each capture takes seconds: compiling, but for a part.
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    # The clock is read at the start, before each capture, and twice by each.
-    engine.runner.capture_within(9.5)
+    engine.runner.capture_within(2.5 * LONGEST_CAPTURE_S)
     monkeypatch.undo()
     assert engine.runner.counters["num_graphs"] == 3 and engine.runner.wants_capture
+
+
+def test_what_is_missed_too_often_is_captured_while_requests_wait(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, limits = engine_on_cpu(llama, monkeypatch, shapes_of())
+    client = InProcessClient(engine)
+
+    def tokens_of(name: str) -> list[int]:
+        params = SamplingParams(max_tokens=48, ignore_eos=True)
+        client.submit([Request.create(prompt_ids(20, seed=1), params, limits, request_id=name)])
+        return [token for _ in range(48) for e in client.events(0.0) for token in e.new_token_ids]
+
+    # Two steps kernel by kernel would have paid for it; the prompt's own was missed once.
+    first = tokens_of("a")
+    counters = engine.runner.counters
+    assert counters["num_graphs"] == counters["num_late_graphs"] == 1
+    assert counters["num_graph_steps"] == 46 and len(first) == 48
+    assert tokens_of("b") == first
+    assert engine.runner.counters["num_late_graphs"] == 2
+
+
+def test_padding_pays_for_a_capture_later_than_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, capture = graphs(shapes_of())
+    steps.capture(StepShape(16), None, KV)
+    found = [(steps.shape_of(decode_plan(3)), steps.take_due()) for _ in range(32)]
+    assert found == [(StepShape(16), None)] * 31 + [(StepShape(16), StepShape(4))]
+    assert steps.take_due() is None
+
+    def broken(step: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(capture, "run", broken)
+    with pytest.raises(RuntimeError):
+        steps.capture_late(StepShape(4), None, KV)
+    assert (steps.shape_of(decode_plan(3)), steps.take_due()) == (StepShape(16), None)
+
+
+def test_a_late_capture_that_fails_changes_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, limits = engine_on_cpu(llama, monkeypatch, shapes_of())
+    client = InProcessClient(engine)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    monkeypatch.setattr(FakeCapture, "run", lambda self, step: 1 / 0)
+    client.submit([Request.create(prompt_ids(20, seed=1), params, limits, request_id="a")])
+    events = [event for _ in range(9) for event in client.events(0.0)]
+    assert all(event.error is None for event in events)
+    assert sum(len(event.new_token_ids) for event in events) == 9
+    assert engine.runner.counters["num_late_graphs"] == 1 and engine.runner.counters["num_graphs"] == 0
 
 
 def test_what_was_missed_is_captured_once_it_is_quiet(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = shapes_of()
     engine, limits = engine_on_cpu(llama, monkeypatch, shapes)
     client = InProcessClient(engine)
-    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
     client.submit([Request.create(prompt_ids(20, seed=1), params, limits, request_id="a")])
-    tokens = [token for _ in range(4) for e in client.events(0.0) for token in e.new_token_ids]
+    tokens = [token for _ in range(2) for e in client.events(0.0) for token in e.new_token_ids]
     assert engine.can_prepare and engine.runner.counters["num_graphs"] == 0
     # Too short to be quiet; then long enough for all.
     client.events(QUIET_S / 2)
@@ -233,10 +282,10 @@ def test_what_was_missed_is_captured_once_it_is_quiet(llama: Path, monkeypatch: 
     client.events(DEADLINE_S)
     assert engine.runner.counters["num_graphs"] == len(shapes) and not engine.can_prepare
     client.submit([Request.create(prompt_ids(20, seed=1), params, limits, request_id="b")])
-    again = [token for _ in range(4) for e in client.events(0.0) for token in e.new_token_ids]
-    assert again == tokens and len(tokens) == 4
+    again = [token for _ in range(2) for e in client.events(0.0) for token in e.new_token_ids]
+    assert again == tokens and len(tokens) == 2
     counters = engine.runner.counters
-    assert counters["num_graph_steps"] == 4 and counters["num_late_graphs"] == 0
+    assert counters["num_graph_steps"] == 2 and counters["num_late_graphs"] == 0
     # Without pages nothing is captured, and with new ones everything anew.
     engine.runner.drop_pages()
     assert not engine.can_prepare
