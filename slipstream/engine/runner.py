@@ -321,7 +321,7 @@ class Runner:
         return True
 
     def _capture_due(self, graphs: StepGraphs) -> StepShape | None:
-        """Capture what was missed too often, now that it is missed again; None where it fails or nothing was."""
+        """Capture what was missed too often, now that it is missed again; None where there is none."""
         shape = graphs.take_due()
         if shape is None:
             return None
