@@ -56,7 +56,7 @@ class Row:
     count: int
     length: int
     parents: Parents | None = None
-    # Offsets whose keys and values are NaN.
+    # Offsets whose values are NaN, and at even ones the keys.
     bad: tuple[int, ...] = ()
 
     def visible(self, offset: int, window: int) -> list[int]:
@@ -94,7 +94,8 @@ class TreeStep:
         self.kv: list[Tensor] = []
         for row, width, line in zip(self.rows, widths, self.table, strict=True):
             kv = torch.randn(2, row.length, self.kv_heads, self.size, generator=draw).to(self.dtype).float()
-            kv[:, [row.length - row.count + one for one in row.bad]] = math.nan
+            for one in row.bad:
+                kv[one % 2 :, row.length - row.count + one] = math.nan
             start = row.length - row.count
             seen = max(0, start - self.window + 1) if self.window else 0
             for block in range(seen // self.page, width):
