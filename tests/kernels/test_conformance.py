@@ -90,10 +90,11 @@ def test_a_kernel_takes_trees_or_is_not_asked_to() -> None:
     def in_order(*arguments: Any) -> None:
         definition_of("paged_prefill")(*arguments[:11])
 
-    found = check_kernel(plugin(in_order, "paged_prefill"), device="cpu")
-    assert found.is_good and found.num_passed == found.num_not_covered == 36
-    found = check_kernel(plugin(in_order, "paged_prefill", tree=True), device="cpu")
-    assert len(found.failures) == 36 and all(one.startswith("trees") for one in found.failures)
+    wide = frozenset({"float32"})
+    found = check_kernel(plugin(in_order, "paged_prefill", dtypes=wide), device="cpu")
+    assert found.is_good and found.num_passed == 12 and found.num_not_covered == 60
+    found = check_kernel(plugin(in_order, "paged_prefill", dtypes=wide, tree=True), device="cpu")
+    assert len(found.failures) == 12 and all(one.startswith("trees") for one in found.failures)
 
 
 def test_only_covered_cases_run_and_none_is_no_approval() -> None:

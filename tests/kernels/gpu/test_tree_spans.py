@@ -45,8 +45,9 @@ def check(step: TreeStep, cut: object = None, *, is_cut: bool = True) -> None:
     assert not step.counters.any()
 
 
-@pytest.mark.parametrize("rows", [MIXED, EDGES], ids=["mixed", "edges"])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 1, 64), (2, 2, 24)])
+@pytest.mark.parametrize(
+    ("rows", "heads", "kv_heads", "size"), [(MIXED, 4, 1, 64), (EDGES, 2, 2, 24)], ids=["mixed", "edges"]
+)
 def test_paths_are_seen_and_nothing_else(
     device: str, rows: tuple[Row, ...], heads: int, kv_heads: int, size: int
 ) -> None:
@@ -66,28 +67,28 @@ def test_pages_and_soft_caps(device: str, page: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16] + ([torch.bfloat16] if HAS_GPU else []), ids=str)
 def test_narrow_types(device: str, dtype: torch.dtype) -> None:
-    check(TreeStep(MIXED, 4, 2, 32, dtype=dtype, device=device), small_cut(lines=64, keys=64))
+    check(TreeStep(MIXED, 2, 1, 32, dtype=dtype, device=device), small_cut(lines=64, keys=64))
 
 
 def test_whole_contexts_and_walks_of_one_shape(device: str) -> None:
     """Without counters nothing is shared out, and every tile of keys is masked."""
-    check(TreeStep(MIXED, 2, 1, 16, device=device))
-    check(TreeStep(MIXED, 2, 1, 16, device=device), is_cut=False)
-    check(TreeStep(MIXED, 2, 1, 16, window=20, device=device), is_cut=False)
+    check(TreeStep(MIXED, 1, 1, 16, device=device))
+    check(TreeStep(MIXED, 1, 1, 16, device=device), is_cut=False)
+    check(TreeStep(MIXED, 1, 1, 16, window=20, device=device), is_cut=False)
 
 
 @pytest.mark.parametrize("parents", [chain(9), random_tree(30, seed=8)], ids=["chain", "tree"])
 def test_any_draft_may_be_nan(device: str, parents: Parents) -> None:
     for bad in range(0, len(parents), 7):
         rows = (Row(len(parents), 60, parents, bad=(bad,)),)
-        check(TreeStep(rows, 2, 1, 16, device=device, seed=bad), small_cut())
+        check(TreeStep(rows, 1, 1, 16, device=device, seed=bad), small_cut())
 
 
 def test_a_chain_is_an_ordinary_span(device: str) -> None:
     for window in (0, 11):
         rows = [(Row(20, 90, parents),) for parents in (chain(20), None)]
         given, plain = (
-            TreeStep(row, 4, 2, 32, window=window, device=device).run(file.paged_prefill, cut=small_cut())
+            TreeStep(row, 2, 1, 16, window=window, device=device).run(file.paged_prefill, cut=small_cut())
             for row in rows
         )
         # Tiles of keys are masked here and not there: sums of another order.
