@@ -7,6 +7,7 @@ no stream advances. Modules, models and routes live as long as the process, so l
 from __future__ import annotations
 
 import gc
+import threading
 
 
 def freeze_collector() -> None:
@@ -16,3 +17,28 @@ def freeze_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+class FrozenCollector:
+    """Keeps what there is frozen from `hold` to the last holder's `release`: for engines in a user's process.
+
+    What becomes part of a cycle of garbage meanwhile is freed after that, anything else at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_holders = 0
+
+    def hold(self) -> None:
+        with self._lock:
+            self._num_holders += 1
+            freeze_collector()
+
+    def release(self) -> None:
+        with self._lock:
+            self._num_holders -= 1
+            if not self._num_holders:
+                gc.unfreeze()
+
+
+FROZEN = FrozenCollector()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from slipstream.core.collector import FROZEN
 from slipstream.core.errors import EngineError, RequestError
 from slipstream.core.request import Request, RequestOptions
 from slipstream.core.sampling_params import SamplingParams
@@ -51,6 +52,7 @@ class EngineService:
         self.assembly = assembly
         self.owner = owner
         self.service_id = f"llm-{uuid.uuid4().hex[:12]}"
+        self._holds_collector = False
         self._has_tokenizer = tokenizer is not None
         self._ordinals = itertools.count()
         self._processor = OutputProcessor(tokenizer, stream_interval=info.stream_interval)
@@ -155,10 +157,18 @@ class EngineService:
         """Say whether the engine makes progress; never waits for it."""
         return self._pump.health()
 
+    def hold_collector(self) -> None:
+        """Leave what is there now out of Python's collections until `close`."""
+        self._holds_collector = True
+        FROZEN.hold()
+
     def close(self) -> None:
         """Stop the engine; pending requests fail with code "engine_stopped". Idempotent."""
         self._pump.stop()
         self.prompts.close()
+        if self._holds_collector:
+            self._holds_collector = False
+            FROZEN.release()
         if self.owner is not None:
             self.owner.stop()
 
@@ -179,7 +189,11 @@ def local_service(
     assembly = assemble(config, progress=progress)
     commands = EngineControl(assembly, config).commands()
     client = InProcessClient(assembly.engine, commands, max_step_s=max_step_s)
-    return EngineService(info_of(assembly, config), client, assembly.tokenizer, assembly=assembly)
+    service = EngineService(info_of(assembly, config), client, assembly.tokenizer, assembly=assembly)
+    if assembly.resolved.device.startswith("cuda"):
+        # A full collection takes as long as ten steps of a GPU, which would have nothing to do.
+        service.hold_collector()
+    return service
 
 
 def process_service(config: EngineConfig, *, awaits_restart: bool = False, **options: Any) -> EngineService:

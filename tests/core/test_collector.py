@@ -26,3 +26,30 @@ assert gc.collect() >= 100
 
 def test_what_was_there_is_not_looked_at_again_and_new_garbage_is_freed() -> None:
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=60)
+
+
+HELD = """
+import gc
+from slipstream.core.collector import FROZEN
+
+class Node:
+    def __init__(self):
+        self.me = self
+
+gc.disable()
+before = gc.get_freeze_count()
+Node()
+FROZEN.hold()
+node = Node()
+FROZEN.hold()
+del node
+assert gc.get_freeze_count() > before + 1000
+FROZEN.release()
+assert gc.get_freeze_count() > before + 1000 and gc.collect() == 0
+FROZEN.release()
+assert gc.get_freeze_count() == 0 and gc.collect() >= 1
+"""
+
+
+def test_the_last_holder_gives_back_what_was_frozen() -> None:
+    subprocess.run([sys.executable, "-c", HELD], check=True, timeout=60)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from slipstream.core.collector import FROZEN
 from slipstream.core.errors import ConfigError, EngineError, RequestError
 from slipstream.core.outputs import RequestOutput
 from slipstream.core.sampling_params import SamplingParams
@@ -68,6 +70,16 @@ def test_one_wake_up_follows_each_batch(service: EngineService) -> None:
     assert "wake,wake" not in ",".join(log) and log[-1] == "wake"
     # All eight streams run together, so a batch is about eight outputs.
     assert log.count("wake") < log.count("output") / 2
+
+
+def test_the_collector_is_given_back_once(service: EngineService) -> None:
+    FROZEN.hold()
+    service.hold_collector()
+    service.close()
+    service.close()
+    assert gc.get_freeze_count() > 0
+    FROZEN.release()
+    assert gc.get_freeze_count() == 0
 
 
 def test_health_tells_what_the_engine_does(service: EngineService, client: InProcessClient) -> None:
