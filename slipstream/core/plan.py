@@ -22,7 +22,8 @@ class Span(msgspec.Struct, frozen=True):
 
     Prefill, chunk, decode and draft verification differ only in `len`. `start` is exact for prompt spans and
     an upper bound elsewhere: the length on the device decides. `parents[i]` is the span offset of the parent
-    of draft token i in a tree; siblings share a position, not a slot.
+    of draft token i in a tree, -1 where that is the last committed token; siblings share a position, not a
+    slot.
     """
 
     row: int

@@ -102,6 +102,7 @@ class Reference:
     def _over_own_pages(self, batch: ForwardBatch, has_parts: bool) -> ForwardBatch:
         plan = batch.attention_plan
         own = self._backend.plan(query_lens=plan.query_lens, max_seq_lens=plan.max_seq_lens)
+        own.tree_T = plan.tree_T
         pages = [self._pages_like(given, has_parts) for given in batch.kv_pages]
         return dataclasses.replace(batch, kv_pages=pages, attention_plan=own)
 
