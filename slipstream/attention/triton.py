@@ -18,12 +18,14 @@ from torch import Tensor
 
 from slipstream.attention.base import AttentionCapability, AttentionPlan, AttentionSpec, Rotation
 from slipstream.core.batch import ForwardBatch
+from slipstream.core.cache_group import CacheGroup
 from slipstream.kernels.balanced_decode import balanced_decode_op
 from slipstream.kernels.decode_borders import decode_borders_op
 from slipstream.kernels.decode_shares import keys_of_unit, num_programs
 from slipstream.kernels.paged_decode import NUM_COUNTERS, paged_decode_op
 from slipstream.kernels.paged_prefill import paged_prefill_op
 from slipstream.kernels.plugins import KERNELS
+from slipstream.kernels.prompt_kernels import describe_prompt_kernel
 from slipstream.kernels.query_tiles import tile_queries
 from slipstream.kernels.rotary_decode import rotary_decode_op
 from slipstream.kernels.rotary_store import rotary_store_op
@@ -59,6 +61,12 @@ class TritonAttention:
 
     def __init__(self) -> None:
         self._counters: Tensor | None = None
+
+    def describe_kernels(self, groups: Sequence[CacheGroup], *, sm: int, dtype: str) -> list[str]:
+        """Return a sentence for each choice between kernels, for an engine's report."""
+        shapes = sorted({(group.head_dim, group.block_tokens) for group in groups})
+        facts = {"sm": sm, "dtype": dtype}
+        return [describe_prompt_kernel(**facts, head_dim=h, block_tokens=t) for h, t in shapes]
 
     def plan(self, *, query_lens: Sequence[int], max_seq_lens: Sequence[int]) -> AttentionPlan:
         return AttentionPlan.create(self, query_lens, max_seq_lens)

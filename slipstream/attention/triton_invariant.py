@@ -11,6 +11,7 @@ R one-token rows, M tiles of queries.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from slipstream.attention.base import AttentionPlan, AttentionSpec
 from slipstream.attention.triton import TILES, TritonAttention
 from slipstream.core.batch import ForwardBatch
+from slipstream.core.cache_group import CacheGroup
 from slipstream.kernels.paged_prefill import paged_prefill_op
 from slipstream.kernels.query_tiles import tile_queries
 
@@ -34,6 +36,10 @@ class TritonInvariant(TritonAttention):
         super().__init__()
         # The tiles of steps of one-token rows by their number: made once, captured steps hold their address.
         self._lone_tiles: dict[tuple[int, torch.device], Tensor] = {}
+
+    def describe_kernels(self, groups: Sequence[CacheGroup], *, sm: int, dtype: str) -> list[str]:
+        """There is one kernel for all."""
+        return []
 
     def attend(self, q_TNH: Tensor, batch: ForwardBatch, spec: AttentionSpec) -> Tensor:
         """Attend to what already stands in the layer's pages, the step's own tokens included."""

@@ -155,7 +155,7 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Assem
         model, groups, backend, resolved, config, facts, eos, memory, clock, shapes
     )
     graphs = _capture(engine, shapes, resolved, clock)
-    kernels = kernel_lines(model, backend, device, resolved.dtype)
+    kernels = kernel_lines(model, backend, groups, device, resolved.dtype)
     report = _report(resolved, capacity, limits, ledger, [why, *kernels], graphs, clock.line())
     for line in report:
         logger.info(line)

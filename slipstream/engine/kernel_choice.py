@@ -1,15 +1,18 @@
-"""Which kernels from outside does this engine use? One line for each op that has one, with the reason.
+"""Which kernels does this engine use where there are several? A line for each choice, with the reason.
 
-Invariant: nothing is chosen here: `kernels.plugins.choose_kernel` decides at every call, and these are its
-words for the calls of this model.
+Invariant: nothing is chosen here: `kernels.plugins.choose_kernel` and the attention backend decide at every
+call, and these are their words for the calls of this model.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from slipstream.attention.base import AttentionBackend
+from slipstream.core.cache_group import CacheGroup
 from slipstream.kernels.plugins import KERNELS, KernelFacts, describe_choices, sm_of
 from slipstream.layers.native_block import BlockList
 
@@ -26,10 +29,22 @@ def facts_of(device: torch.device, dtype: str) -> KernelFacts:
     return KernelFacts(device=device.type, sm=sm_of(index) if device.type == "cuda" else 0, dtype=dtype)
 
 
-def kernel_lines(model: nn.Module, backend: AttentionBackend, device: torch.device, dtype: str) -> list[str]:
-    """Return the choice for each op that a plugin computes, the model's weights being in place."""
+def kernel_lines(
+    model: nn.Module,
+    backend: AttentionBackend,
+    groups: Sequence[CacheGroup],
+    device: torch.device,
+    dtype: str,
+) -> list[str]:
+    """Return the choices of the attention backend, and that for each op that a plugin computes.
+
+    The model's weights are in place.
+    """
+    facts = facts_of(device, dtype)
+    describe = getattr(backend, "describe_kernels", None)
+    lines: list[str] = describe(groups, sm=facts.sm, dtype=dtype) if describe is not None else []
     if not KERNELS.plugins():
-        return []
+        return lines
     has_stacks = any(isinstance(module, BlockList) and module.stacks for module in model.modules())
     is_native = has_stacks and backend.capability.native_blocks
-    return describe_choices(facts_of(device, dtype), obstacle=NATIVE if is_native else "")
+    return lines + describe_choices(facts, obstacle=NATIVE if is_native else "")

@@ -34,16 +34,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next, wait_for_previous
 from slipstream.kernels.gpu.paged_decode import LOG2_E
+from slipstream.kernels.plugins import sm_of
+from slipstream.kernels.prompt_kernels import hopper_obstacle
 
 # Triton 3.7 renamed it.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
-HEAD_DIMS = (64, 128, 256)
-CAPABILITY = (9, 0)
 # Warps that fetch, the most shares of a context and the keys that one has at least, queries joined at once.
 PRODUCERS, MAX_SHARES, SHORTEST, JOINED = 4, 16, 1024, 16
-# Lines that one look-up in the page table serves.
-RUN = 8
 
 
 @gluon.jit
@@ -406,15 +404,16 @@ def _join_shares(
 
 
 def serves(q_TNH: Tensor, kv_P2tKH: Tensor) -> bool:
-    """Say whether the kernel can do this: 16 bits, a head size it knows, pages of whole look-ups, sm 9.0."""
-    return (
-        q_TNH.is_cuda
-        and torch.cuda.get_device_capability(q_TNH.device) == CAPABILITY
-        and q_TNH.dtype == kv_P2tKH.dtype
-        and q_TNH.dtype in (torch.bfloat16, torch.float16)
-        and q_TNH.shape[2] in HEAD_DIMS
-        and kv_P2tKH.shape[2] % RUN == 0
+    """Say whether the kernel can do this; `kernels/prompt_kernels.py` has the rule."""
+    if not q_TNH.is_cuda or q_TNH.dtype != kv_P2tKH.dtype:
+        return False
+    obstacle = hopper_obstacle(
+        sm=sm_of(q_TNH.device.index),
+        dtype=str(q_TNH.dtype).removeprefix("torch."),
+        head_dim=q_TNH.shape[2],
+        block_tokens=kv_P2tKH.shape[2],
     )
+    return not obstacle
 
 
 def choose_shares(num_tiles: int, heads: int, *, sms: int) -> int:
