@@ -142,7 +142,10 @@ def _finish(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["num_rows", "window"])
+@triton.jit(
+    do_not_specialize=["num_rows", "window", "table_stride", "rows_stride"],
+    do_not_specialize_on_alignment=["lens_ptr", "rows_ptr", "table_ptr"],
+)
 def _balanced(
     q_ptr, kv_ptr, table_ptr, lens_ptr, borders_ptr, out_ptr, part_ptr, stats_ptr, counters_ptr, rows_ptr,
     prefix_part_ptr, prefix_stats_ptr, q_stride_r, q_stride_n, page_stride, v_offset, token_stride,

@@ -19,7 +19,10 @@ MIN_ROWS = 64
 BORDERS = 16
 
 
-@triton.jit(do_not_specialize=["num_rows", "window"])
+@triton.jit(
+    do_not_specialize=["num_rows", "window"],
+    do_not_specialize_on_alignment=["lens_ptr", "unread_ptr"],
+)
 def _cut(
     lens_ptr, unread_ptr, out_ptr, num_rows, window, K: tl.constexpr, KEYS: tl.constexpr,
     PROGRAMS: tl.constexpr, SHORTEST: tl.constexpr, HAS_UNREAD: tl.constexpr, BLOCK_R: tl.constexpr,

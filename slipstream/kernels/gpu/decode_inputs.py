@@ -17,7 +17,17 @@ from slipstream.kernels.gpu.launching import launch_options, start_next, wait_fo
 BLOCK = 128
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["plan_stride", "slots_stride", "table_stride_g"],
+    do_not_specialize_on_alignment=[
+        "plan_ptr",
+        "token_ptr",
+        "position_ptr",
+        "lens_ptr",
+        "slots_ptr",
+        "table_ptr",
+    ],
+)
 def _look_up(
     plan_ptr, tokens_ptr, lengths_ptr, tables_ptr, token_ptr, position_ptr, lens_ptr, slots_ptr, table_ptr,
     plan_stride, slots_stride, tokens_stride, tables_stride_g, tables_stride_r,

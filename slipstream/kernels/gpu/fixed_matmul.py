@@ -70,7 +70,9 @@ def _sum_part(
     return acc
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens"],
+)
 def _fixed_matmul(
     x_ptr, w_ptr, y_ptr, parts_ptr, tokens, outputs, inputs, x_stride, w_stride,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, PART: tl.constexpr,
@@ -102,7 +104,7 @@ def _fixed_matmul(
         tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "parts"])
 def _join_parts(parts_ptr, y_ptr, size, parts, BLOCK: tl.constexpr, PDL: tl.constexpr):
     start_next(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

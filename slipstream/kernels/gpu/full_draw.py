@@ -21,7 +21,10 @@ LINES, WIDTH = 4, 1024
 WARPS = 8
 
 
-@triton.jit(do_not_specialize=["uniform_stride", "num_blocks", "has_min"])
+@triton.jit(
+    do_not_specialize=["uniform_stride", "num_blocks", "has_min"],
+    do_not_specialize_on_alignment=["temperature_ptr", "min_mass_ptr", "uniform_ptr"],
+)
 def _draw_full(
     x_ptr, temperature_ptr, min_mass_ptr, uniform_ptr, sums_ptr, out_ptr, status_ptr, row_stride,
     uniform_stride, has_min, vocab, num_blocks, scale, BLOCKS: tl.constexpr,

@@ -22,7 +22,9 @@ PART = 4096
 OK, BAD_LOGITS, ALL_MASKED = 0, 1, 2
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["rows_ptr"],
+)
 def _lead_parts(
     logits_ptr, rows_ptr, best_ptr, at_ptr, line_stride, vocab, parts, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
@@ -39,7 +41,10 @@ def _lead_parts(
     tl.store(at_ptr + line * parts + part, part * BLOCK + at)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_lines"],
+    do_not_specialize_on_alignment=["rows_ptr", "out_ptr"],
+)
 def _append(
     best_ptr, at_ptr, rows_ptr, tokens_ptr, lengths_ptr, out_ptr, parts, tokens_stride, num_lines, longest,
     BLOCK: tl.constexpr, PDL: tl.constexpr,

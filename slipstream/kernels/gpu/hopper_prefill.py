@@ -305,7 +305,10 @@ def _consume(
             )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=["part_stride", "table_stride", "num_tiles", "num_turns", "wanted"],
+    do_not_specialize_on_alignment=["table_ptr", "lens_ptr", "start_ptr", "tiles_ptr"],
+)
 def _hopper_prefill(
     q_ptr, kv_ptr, table_ptr, lens_ptr, start_ptr, tiles_ptr, out_ptr, part_ptr, stats_ptr, part_stride,
     q_stride_t, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,
@@ -365,7 +368,10 @@ def _hopper_prefill(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["wanted"])
+@triton.jit(
+    do_not_specialize=["part_stride", "wanted"],
+    do_not_specialize_on_alignment=["lens_ptr", "start_ptr", "tiles_ptr"],
+)
 def _join_shares(
     part_ptr, stats_ptr, out_ptr, lens_ptr, start_ptr, tiles_ptr, part_stride, out_stride_t, out_stride_n,
     window, wanted,

@@ -24,7 +24,10 @@ def _high_and_low(word, MULTIPLIER: tl.constexpr):
     return (product >> 32) & mask, product & mask
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["rows_ptr", "position_ptr"],
+)
 def _uniform(
     rows_ptr, ints_ptr, position_ptr, out_ptr, num_rows, ints_stride, KEY: tl.constexpr,
     SAMPLE_IDX: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,

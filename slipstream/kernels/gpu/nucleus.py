@@ -362,7 +362,10 @@ def _list_likely(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["top_p_stride", "uniform_stride", "has_min"])
+@triton.jit(
+    do_not_specialize=["top_p_stride", "uniform_stride", "has_min"],
+    do_not_specialize_on_alignment=["temperature_ptr", "top_p_ptr", "min_mass_ptr", "uniform_ptr"],
+)
 def _draw_nucleus(
     x_ptr, temperature_ptr, top_p_ptr, min_mass_ptr, uniform_ptr, listed_ptr, ids_ptr, out_ptr, status_ptr,
     row_stride, top_p_stride, uniform_stride, has_min, vocab, scale, slack_share,

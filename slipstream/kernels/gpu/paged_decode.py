@@ -162,7 +162,10 @@ def finish_share(
             tl.store(counter, 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["lens_ptr", "table_ptr"],
+)
 def _decode(
     q_ptr, kv_ptr, table_ptr, lens_ptr, out_ptr, part_ptr, stats_ptr, counters_ptr,
     q_stride_r, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,

@@ -181,7 +181,10 @@ def _hand_in(
         tl.store(counters_ptr + group, 0)
 
 
-@triton.jit(do_not_specialize=["subs", "wanted"])
+@triton.jit(
+    do_not_specialize=["table_stride", "subs", "wanted"],
+    do_not_specialize_on_alignment=["table_ptr", "lens_ptr", "start_ptr", "tiles_ptr", "tree_ptr"],
+)
 def _prefill(
     q_ptr, kv_ptr, table_ptr, lens_ptr, start_ptr, tiles_ptr, out_ptr, part_ptr, stats_ptr, counters_ptr,
     tree_ptr, q_stride_t, q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride,

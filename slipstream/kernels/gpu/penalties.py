@@ -18,7 +18,14 @@ BLOCK = 512
 
 # Numbers that change from batch to batch are not specialised on: a kernel would be compiled anew for some.
 @triton.jit(
-    do_not_specialize=["slots_stride", "repetition_stride", "presence_stride", "frequency_stride", "longest"]
+    do_not_specialize=["slots_stride", "repetition_stride", "presence_stride", "frequency_stride", "longest"],
+    do_not_specialize_on_alignment=[
+        "index_ptr",
+        "slots_ptr",
+        "repetition_ptr",
+        "presence_ptr",
+        "frequency_ptr",
+    ],
 )
 def _penalise(
     x_ptr, index_ptr, slots_ptr, seen_ptr, length_ptr, counts_ptr, saved_ptr, repetition_ptr, presence_ptr,
@@ -51,7 +58,10 @@ def _penalise(
         tl.store(x_ptr + token, x, mask=at + w < length)
 
 
-@triton.jit(do_not_specialize=["slots_stride", "longest"])
+@triton.jit(
+    do_not_specialize=["slots_stride", "longest"],
+    do_not_specialize_on_alignment=["index_ptr", "slots_ptr"],
+)
 def _restore(
     x_ptr, index_ptr, slots_ptr, seen_ptr, length_ptr, saved_ptr, slots_stride, vocab, width, longest,
     BLOCK: tl.constexpr,
@@ -67,7 +77,10 @@ def _restore(
         tl.store(x_ptr + token, x, mask=at + w < length)
 
 
-@triton.jit(do_not_specialize=["slots_stride", "num_rows"])
+@triton.jit(
+    do_not_specialize=["slots_stride", "num_rows"],
+    do_not_specialize_on_alignment=["token_ids_ptr", "index_ptr", "slots_ptr"],
+)
 def _count(
     token_ids_ptr, index_ptr, slots_ptr, seen_ptr, length_ptr, counts_ptr, slots_stride, vocab, width,
     num_rows, BLOCK: tl.constexpr,

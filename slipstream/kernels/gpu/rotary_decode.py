@@ -39,7 +39,9 @@ def _turned(
     return x * cos[None, :] + pair * sin[None, :]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["position_ptr", "slots_ptr", "table_ptr", "lens_ptr"],
+)
 def _rotary_decode(
     qkv_ptr, rotary_ptr, position_ptr, q_norm_ptr, k_norm_ptr, eps, kv_ptr, slots_ptr, table_ptr, lens_ptr,
     out_ptr, part_ptr, stats_ptr, counters_ptr, page_stride, v_offset, token_stride, head_stride,

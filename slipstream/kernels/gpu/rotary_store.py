@@ -52,7 +52,9 @@ def _store_pairs(
         tl.store(lines + HEAD // 2 + h, second.to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["position_ptr", "slots_ptr"],
+)
 def _turn_and_store(
     qkv_ptr, table_ptr, position_ptr, q_norm_ptr, k_norm_ptr, q_ptr, kv_ptr, slots_ptr, eps,
     qkv_stride, page_stride, v_offset, token_stride, head_stride,

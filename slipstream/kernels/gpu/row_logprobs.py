@@ -22,7 +22,10 @@ WARPS = 8
 NUM_SCALARS = tl.constexpr(4)
 
 
-@triton.jit(do_not_specialize=["max_stride", "values_stride", "ids_stride", "num_top"])
+@triton.jit(
+    do_not_specialize=["max_stride", "values_stride", "ids_stride", "num_top"],
+    do_not_specialize_on_alignment=["token_ids_ptr", "status_ptr", "max_ptr", "values_ptr", "ids_ptr"],
+)
 def _row_logprobs(
     x_ptr, token_ids_ptr, status_ptr, max_ptr, values_ptr, ids_ptr, out_ptr, row_stride, max_stride,
     values_stride, ids_stride, vocab, num_top, scale, LOG_SCALE: tl.constexpr, K: tl.constexpr,

@@ -27,7 +27,11 @@ LINES_OF_WARP = 16
 # Keys' pages are looked up two blocks ahead of them, and keys asked for two blocks ahead of their product.
 STAGES = 5
 
-@triton.jit
+
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "count_ptr", "entries_ptr", "members_ptr"],
+)
 def _attend_entries(
     q_ptr, kv_ptr, table_ptr, count_ptr, entries_ptr, members_ptr, part_ptr, stats_ptr, q_stride_r,
     q_stride_n, page_stride, v_offset, token_stride, head_stride, table_stride, entry_stride, scale_log2,

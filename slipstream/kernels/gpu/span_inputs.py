@@ -17,7 +17,15 @@ from slipstream.kernels.gpu.launching import launch_options, start_next, wait_fo
 BLOCK = 128
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "num_tokens", "token_programs", "plan_stride", "slots_stride", "table_stride_g",
+        "table_stride_r",
+    ],
+    do_not_specialize_on_alignment=[
+        "plan_ptr", "start_ptr", "line_ptr", "token_ptr", "position_ptr", "lens_ptr", "slots_ptr", "table_ptr",
+    ],
+)  # fmt: skip
 def _look_up(
     plan_ptr, start_ptr, line_ptr, tokens_ptr, tables_ptr, token_ptr, position_ptr, lens_ptr, slots_ptr,
     table_ptr, num_rows, num_tokens, token_programs, plan_stride, slots_stride, tokens_stride,

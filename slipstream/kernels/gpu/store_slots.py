@@ -13,7 +13,9 @@ from torch import Tensor
 from slipstream.kernels.gpu.launching import launch_options, start_next, wait_for_previous
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["slots_ptr"],
+)
 def _store(
     k_ptr, v_ptr, kv_ptr, slots_ptr, k_stride_t, k_stride_k, v_stride_t, v_stride_k,
     page_stride, v_offset, token_stride, head_stride,
