@@ -23,7 +23,8 @@ BLOCK = 128
         "table_stride_r",
     ],
     do_not_specialize_on_alignment=[
-        "plan_ptr", "start_ptr", "line_ptr", "token_ptr", "position_ptr", "lens_ptr", "slots_ptr", "table_ptr",
+        "plan_ptr", "start_ptr", "line_ptr", "token_ptr", "position_ptr", "lens_ptr", "slots_ptr",
+        "table_ptr",
     ],
 )  # fmt: skip
 def _look_up(
