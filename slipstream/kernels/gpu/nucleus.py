@@ -335,7 +335,7 @@ def _list_likely(
     tokens are listed; -1 of more than a list holds.
     """
     zero = tl.zeros((WIDTH,), tl.int64)
-    totals, aboves, drawn_aboves, larger_ones = zero, zero, zero, zero
+    totals, above_sums, drawn_aboves, larger_ones = zero, zero, zero, zero
     # One token a thread and line: what is listed is stored from where it was loaded.
     v = tl.max_contiguous(tl.arange(0, LINES * WIDTH), 1)
     num_listed = tl.full((), 0, tl.int32)
@@ -345,7 +345,7 @@ def _list_likely(
         key = ordered_key(x)
         mass = integer_mass(x, largest, temperature, scale)
         totals += tl.sum(tl.reshape(mass, (LINES, WIDTH)), 0)
-        aboves += tl.sum(tl.reshape(tl.where(key > high, mass, 0), (LINES, WIDTH)), 0)
+        above_sums += tl.sum(tl.reshape(tl.where(key > high, mass, 0), (LINES, WIDTH)), 0)
         drawn_aboves += tl.sum(tl.reshape(tl.where(key > drawn_high, mass, 0), (LINES, WIDTH)), 0)
         if min_mass > 0:
             larger_ones += tl.sum(tl.reshape(tl.where(mass >= min_mass, mass, 0), (LINES, WIDTH)), 0)
@@ -358,7 +358,7 @@ def _list_likely(
         num_listed += tl.sum(is_listed.to(tl.int32), 0)
     num_listed = tl.where(num_listed > CAPACITY, -1, num_listed)
     return (
-        tl.sum(totals, 0), tl.sum(aboves, 0), tl.sum(drawn_aboves, 0), tl.sum(larger_ones, 0), num_listed,
+        tl.sum(totals, 0), tl.sum(above_sums, 0), tl.sum(drawn_aboves, 0), tl.sum(larger_ones, 0), num_listed,
     )  # fmt: skip
 
 
