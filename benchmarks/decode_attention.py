@@ -21,12 +21,12 @@ import argparse
 import dataclasses
 import json
 import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from graph_timing import replayed_us
 
 from slipstream.kernels import shared_prefix as prefix_file
 from slipstream.kernels.balanced_decode import balanced_decode_op
@@ -166,19 +166,7 @@ class Layers:
         error = self.error(run)
         if not error <= TOLERANCE:
             raise SystemExit(f"{self.case.name}, {run.__name__}: off by {error}; nothing is timed")
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            run()
-        times: list[float] = []
-        for _ in range(RUNS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / self.count)
-        return statistics.median(times[2:])
+        return replayed_us(run, count=self.count, runs=RUNS, skipped=2)
 
 
 def measure(case: Case) -> dict[str, Any]:

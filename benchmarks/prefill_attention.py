@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from graph_timing import replayed_us
 from torch import Tensor
 
 from slipstream.kernels.gpu.hopper_prefill import hopper_prefill
@@ -107,19 +107,7 @@ def check(kernel: Callable[..., None], given: list[Tensor], rows: list[tuple[int
 
 def median_us(call: Callable[[], None]) -> float:
     call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(4):
-            call()
-    times: list[float] = []
-    for _ in range(NUM_RUNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / 4)
-    return statistics.median(times)
+    return replayed_us(lambda: [call() for _ in range(4)], count=4, runs=NUM_RUNS)
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from graph_timing import replayed_us
 
 from slipstream.kernels.rms_norm import add_rms_norm, add_rms_norm_op
 from slipstream.kernels.rotary_store import rotary_store, rotary_store_op
@@ -34,20 +34,12 @@ def graph_us(calls: list[Callable[[], Any]]) -> float:
     """Return the median time of one of some calls that are replayed as one graph."""
     for call in calls[:2]:
         call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for call in calls:
             call()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times[2:])
+
+    return replayed_us(run, count=len(calls), runs=REPLAYS, skipped=2)
 
 
 def copy_speed() -> float:

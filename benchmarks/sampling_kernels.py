@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from graph_timing import replayed_us
 
 from slipstream.core.sampling_params import RowSampling
 from slipstream.kernels.gpu import leaders as leader_file
@@ -56,20 +57,7 @@ WORK = {
 def graph_us(calls: list[Callable[[], Any]], repeats: int = 7) -> float:
     """Return the median time of one call of a captured run over all of them."""
     calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    del kept
-    return statistics.median(times)
+    return replayed_us(lambda: [call() for call in calls], count=len(calls), runs=repeats)
 
 
 def plain_us(call: Callable[[], Any], repeats: int = 3) -> float:

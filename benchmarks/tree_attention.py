@@ -22,11 +22,11 @@ import dataclasses
 import itertools
 import json
 import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from graph_timing import replayed_us
 from torch import Tensor
 
 from slipstream.kernels.balanced_decode import balanced_decode_op
@@ -149,19 +149,8 @@ class Step:
     def time(self, call: Callable[[int], None]) -> float:
         """Return microseconds a layer, the median of some replays."""
         call(0)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for layer in range(self.layers):
-                call(layer)
-        times: list[float] = []
-        for _ in range(RUNS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / self.layers)
-        return statistics.median(times)
+        layers = range(self.layers)
+        return replayed_us(lambda: [call(layer) for layer in layers], count=self.layers, runs=RUNS)
 
 
 def measure(step: Step) -> dict[str, float]:

@@ -11,7 +11,6 @@ parts of the block cost is then seen by leaving them out.
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import tune_gemv
 import tune_matmul
+from graph_timing import replayed_us
 
 from slipstream.kernels.gpu.gated_activation import SILU
 from slipstream.kernels.gpu.gemv import gemv
@@ -133,19 +133,7 @@ class Blocks:
         """Return the median time of one block within the graph."""
         run = self.one if self.tokens == 1 else self.several
         run(tiles, without)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run(tiles, without)
-        times = []
-        for _ in range(8):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / self.count)
-        return statistics.median(times[2:])
+        return replayed_us(lambda: run(tiles, without), count=self.count, runs=8, skipped=2)
 
     def is_right(self, name: str, tile: Any) -> bool:
         if self.tokens == 1:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 
 import torch
+from graph_timing import replayed_us
 
 from slipstream.kernels.gpu.gated_activation import SILU
 from slipstream.kernels.gpu.gemv import NO_ACTIVATION, gemv
@@ -90,20 +90,12 @@ def time_us(shape: tuple[int, int, bool], tile: tuple[int, int, int]) -> float:
     ]
     x, norm = torch.randn(1, inputs, device="cuda").bfloat16(), torch.rand(inputs, device="cuda")
     call(x, weights[0], norm, is_gated, tile)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for i in range(LAUNCHES):
             call(x, weights[i % copies], norm, is_gated, tile)
-    times = []
-    for _ in range(7):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
-    return statistics.median(times[1:])
+
+    return replayed_us(run, count=LAUNCHES, runs=7, skipped=1)
 
 
 def compile_share(worker: int) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from graph_timing import replayed_us
 from torch.nn.functional import linear
 from tune_gemv import SHAPES
 
@@ -137,20 +137,12 @@ def expected(x: torch.Tensor, weight: torch.Tensor, shape: Shape, extras: dict) 
 def timed(calls: list) -> float:
     """Return the median time of a launch within a graph, in microseconds."""
     calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for i in range(LAUNCHES):
             calls[i % len(calls)]()
-    times = []
-    for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
-    return statistics.median(times[1:])
+
+    return replayed_us(run, count=LAUNCHES, runs=6, skipped=1)
 
 
 def is_right(x: torch.Tensor, weight: torch.Tensor, shape: Shape, tile: Tile, extras: dict, want) -> bool:
