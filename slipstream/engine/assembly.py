@@ -371,8 +371,8 @@ def _graph_line(resolved: ResolvedConfig, shapes: StepShapes, num_captured: int)
         return f"captured steps: {decoding} and prompts alone, each when it is first met"
     return (
         f"captured steps: {num_captured} of {len(shapes)}, {decoding}, with pieces of prompts beside them "
-        f"({len(shapes.mixed)}) and prompts alone ({len(shapes.lone)}); the others while nothing runs or once "
-        "they are missed often"
+        f"({len(shapes.mixed)}) and prompts alone ({len(shapes.lone)}); the others while nothing runs "
+        "or once they are missed often"
     )
 
 
