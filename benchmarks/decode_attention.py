@@ -9,7 +9,7 @@ Predicted for an H100 (3.02 TB/s of copy, 264 programs over shared beginnings), 
   even 64 x 192      50 MB, 16.7 at the copy's rate: 21 both ways
   even 256 x 192     201 MB, 67: 73 both ways
   ragged 256         1.13 GB, 373: rows one by one 500 to 540, in equal shares 405
-  few 2..8 x 32k     0.27..1.07 GB, 89..356: 100..385
+  few 1..8 x 32k     0.13..1.07 GB, 44..356: 55..385
   shared 64 x 4096   17 + 34 MB and 4.3 GFLOP: rows one by one 250 to 300 (L2), shared 30 to 36
 
     python benchmarks/decode_attention.py [--variants] [--out decode_attention.json]
@@ -76,7 +76,7 @@ def cases() -> list[Case]:
         Case(name="one of 8192 beside 31 of 200", lens=[8192] + [200] * 31),
         Case(name="48 of 192 in a step of 64", lens=[192] * 48 + [0] * 16),
     ]
-    found += [Case(name=f"{rows} x 32k", lens=[32768] * rows) for rows in (2, 4, 8)]
+    found += [Case(name=f"{rows} x 32k", lens=[32768] * rows) for rows in (1, 2, 4, 8)]
     for rows, tokens in ((64, 4096), (64, 512), (16, 4096), (256, 1024)):
         own = [tokens + rng.randint(64, 192) for _ in range(rows)]
         groups = (SharedGroup(tuple(range(rows)), tokens),)
@@ -148,7 +148,7 @@ class Layers:
             out.fill_(torch.nan)
         run()
         worst = 0.0
-        rows = sorted({0, 1, len(self.lens) // 2, len(self.lens) - 1})
+        rows = sorted({0, len(self.lens) // 3, len(self.lens) // 2, len(self.lens) - 1})
         for layer in (0, -1):
             expected = torch.empty(len(rows), *self.q.shape[1:], dtype=torch.float64, device="cuda")
             given = (self.q[rows].double(), self.kv[layer], self.table[rows], self.lens[rows])

@@ -13,6 +13,7 @@ Invariant: the profiled call is told apart from the timed ones, for a profiler c
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -20,7 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from slipstream import LLM, SamplingParams
 
 RESULT = Path(__file__).parent / "results" / "h100_step_split.json"
 RUNS, NAMED = 3, 14
+LONG_GAP_MS = 0.03
 QUERY = [
     "nvidia-smi", "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits", "-lms", "20",
 ]  # fmt: skip
@@ -85,29 +87,42 @@ class Card:
 
 def spans_of(profile: Any) -> list[Span]:
     """Return (start, end, name) in ms of everything that ran on the card, by start."""
+    device = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
+    events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == device]
+    origin = min((event.start_ns() for event in events), default=0)
     found = []
-    for event in profile.profiler.kineto_results.events():
-        if event.device_type() == torch.autograd.DeviceType.CUDA and event.duration_ns() > 0:
-            start_ms = event.start_ns() / 1e6
-            found.append((start_ms, start_ms + event.duration_ns() / 1e6, event.name()))
+    for event in events:
+        start_ms = (event.start_ns() - origin) / 1e6
+        found.append((start_ms, start_ms + event.duration_ns() / 1e6, event.name()))
     return sorted(found)
 
 
 def shares(spans: Sequence[Span]) -> dict[str, Any]:
-    """Return what each kernel takes of the time from the first to the last, and the gaps between them."""
-    taken: Counter[str] = Counter()
+    """Return what each kernel takes of the time from the first to the last, and the gaps between them.
+
+    Of the longest gaps: ms, when, and the kernel that followed.
+    """
+    taken: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
-    gaps, end = 0.0, spans[0][0] if spans else 0.0
+    gaps, end, longest = 0.0, spans[0][0] if spans else 0.0, []
     for first, last, name in spans:
         gaps += max(0.0, first - end)
+        if first > end + LONG_GAP_MS:
+            longest.append((round(first - end, 3), round(end - spans[0][0], 2), name[:40]))
         taken[name] += max(0.0, last - max(first, end))
         calls[name] += 1
         end = max(end, last)
-    leading = taken.most_common(NAMED)
+    leading = sorted(taken.items(), key=lambda one: -one[1])[:NAMED]
     kernels = {name[:90]: {"ms": round(ms, 3), "calls": calls[name]} for name, ms in leading}
     rest = sum(taken.values()) - sum(ms for _, ms in leading)
     whole = end - spans[0][0] if spans else 0.0
-    return {"ms": round(whole, 3), "gaps_ms": round(gaps, 3), "others_ms": round(rest, 3), "kernels": kernels}
+    return {
+        "ms": round(whole, 3),
+        "gaps_ms": round(gaps, 3),
+        "others_ms": round(rest, 3),
+        "kernels": kernels,
+        "longest_gaps": sorted(longest)[: -NAMED - 1 : -1],
+    }
 
 
 def split(llm: LLM, call: Callable[[], None]) -> dict[str, Any]:
@@ -188,6 +203,7 @@ def main() -> None:
                 show(name, rows[name])
                 record = {"device": torch.cuda.get_device_name(), "versions": versions(), "rows": rows}
                 given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -207,7 +223,8 @@ def show(name: str, row: dict[str, Any]) -> None:
     for part in ("prompts", "decoding"):
         found = row[part]
         lines = [f"{k[:32]} {v['ms']} ({v['calls']})" for k, v in list(found["kernels"].items())[:9]]
-        print(f"  {part} {found['ms']} ms, gaps {found['gaps_ms']}: {'; '.join(lines)}", flush=True)
+        print(f"  {part} {found['ms']} ms, gaps {found['gaps_ms']}: {'; '.join(lines)}")
+        print(f"    (gap, at, before) {found['longest_gaps'][:6]}", flush=True)
 
 
 if __name__ == "__main__":
