@@ -117,8 +117,10 @@ WORK = {
         warm_ups=1,
         policy="GUARANTEED_NO_EVICT",
     ),
-    "P9": Work(model=L8, requests=1, prompt=128, output=1, floor=5.0, goal=6.5, unit=CALL_MS),
-    "P11": Work(model=L8, requests=1, prompt=2048, output=1, floor=39, goal=43, unit=CALL_MS),
+    "P9": Work(
+        model=L8, requests=1, prompt=128, output=1, floor=5.0, goal=6.5, unit=CALL_MS, runs=25, warm_ups=8
+    ),
+    "P11": Work(model=L8, requests=1, prompt=2048, output=1, floor=39, goal=43, unit=CALL_MS, runs=9),
     "P17": Work(model=Q06, requests=1, prompt=128, output=257, floor=2530, goal=1600),
     "P18": Work(
         model=Q06,

@@ -160,6 +160,10 @@ def split(llm: LLM, call: Callable[[], None]) -> dict[str, Any]:
     }
 
 
+def call_of(llm: LLM, name: str) -> Callable[[], None]:
+    return plain_call(llm, name, WORK[name]) if name in WORK else other_call(llm, name)
+
+
 def plain_call(llm: LLM, name: str, work: Work) -> Callable[[], None]:
     rng, vocab = random.Random(name), llm.startup.limits.vocab_size
     lengths = work.lengths()
@@ -198,8 +202,7 @@ def main() -> None:
         model, options = engine_for(names[0])
         with tempfile.TemporaryDirectory() as folder, start(model, Path(folder), **options) as llm:
             for name in names:
-                call = plain_call(llm, name, WORK[name]) if name in WORK else other_call(llm, name)
-                rows[name] = split(llm, call)
+                rows[name] = split(llm, call_of(llm, name))
                 show(name, rows[name])
                 record = {"device": torch.cuda.get_device_name(), "versions": versions(), "rows": rows}
                 given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
