@@ -25,11 +25,11 @@ from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next,
 LOG2_E = math.log2(math.e)
 # Programs per multiprocessor that keep memory busy, and the most shares worth joining.
 PROGRAMS_PER_SM = 4
-MAX_SPLITS = 16
+MAX_SPLITS = 32
 # Fewer positions than this are not shared: joining would cost more.
 MIN_SHARE = 64
-# Values of parts that are joined at once: 32 for each thread.
-JOINED_VALUES = 4096
+# Values of parts that are joined at once, 128 for each thread: a second turn costs more than registers do.
+JOINED_VALUES = 16384
 
 
 @triton.constexpr_function
@@ -251,10 +251,10 @@ def shape_of(x: Tensor, kv_P2tKH: Tensor, rows: int, heads: int, max_len: int, w
     }
 
 
-def parts_at_once(group: int, size: int) -> int:
+def parts_at_once(group: int, size: int, *, values: int = JOINED_VALUES) -> int:
     """Return how many parts, each of a kv head's query heads, are joined at once; a power of two."""
-    values: int = triton.next_power_of_2(group) * max(16, triton.next_power_of_2(size))
-    return max(1, min(MAX_SPLITS, JOINED_VALUES // values))
+    part: int = triton.next_power_of_2(group) * max(16, triton.next_power_of_2(size))
+    return max(1, min(MAX_SPLITS, values // part))
 
 
 def make_parts(
