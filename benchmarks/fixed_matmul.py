@@ -48,7 +48,9 @@ FEW = [
     Tile(64, 32, 256, 4, 4, ahead=1),
     Tile(64, 128, 128, 4, 4, ahead=2),
     Tile(64, 128, 64, 6, 4, ahead=2),
+    Tile(64, 128, 64, 8, 4, ahead=2),
     Tile(64, 128, 64, 8, 8, ahead=2),
+    Tile(64, 128, 64, 4, 4, ahead=2),
 ]
 MIDDLE = [
     Tile(64, 64, 128, 5, 4, ahead=2),

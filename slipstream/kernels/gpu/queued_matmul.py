@@ -143,7 +143,8 @@ def _queued(
 def is_aligned(x: Tensor) -> bool:
     """Say whether the tensor memory accelerator can fetch blocks of a matrix of 16-bit elements."""
     begins = x.data_ptr() % (2 * ALIGNMENT) == 0
-    return begins and x.stride(-1) == 1 and x.stride(0) % ALIGNMENT == 0
+    is_apart = x.stride(0) >= x.shape[1] and x.stride(0) % ALIGNMENT == 0
+    return begins and x.stride(-1) == 1 and is_apart
 
 
 def queued_matmul(

@@ -28,6 +28,7 @@ RULE = (
     Tile(128, 256, 64, 4, 8, in_turn=True),
     Tile(128, 128, 64, 5, 8, in_turn=True),
     Tile(128, 64, 128, 4, 8, ahead=2),
+    Tile(64, 128, 64, 8, 4, ahead=2),
     Tile(64, 64, 128, 5, 4, ahead=2),
     Tile(64, 32, 128, 8, 4, ahead=2),
     Tile(64, 16, 128, 9, 4, ahead=2),

@@ -85,7 +85,7 @@ def test_whole_numbers_are_the_same_bits_in_any_tile_and_step(device: str, tile:
 def test_tokens_that_cannot_be_fetched_are_copied(device: str) -> None:
     weight = whole(80, 96, seed=1, device=device)
     flat = whole(20, 4 * 96, seed=0, device=device)
-    for x in (flat[:, 3:99], flat[:, 96:192], flat[:, ::4]):
+    for x in (flat[:, 3:99], flat[:, 96:192], flat[:, ::4], flat[:1, :96].expand(5, 96)):
         given = queued_matmul(x, weight, tile=CUTS[0])
         assert torch.equal(given.double(), x.double() @ weight.double().T)
     assert not is_aligned(flat[:, 3:99]) and not is_aligned(flat[:, ::4]) and is_aligned(flat[1:, 96:192])
@@ -132,7 +132,7 @@ def test_a_table_row_goes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> No
     assert tile_of(64, weight, is_gated=True) == rule_of(64, 3072, is_gated=True)
 
 
-# Every layer of Llama-3.1-8B and one of Qwen3-0.6B: rows, inputs, is gated.
+# Every layer of Llama-3.1-8B, two of Qwen3-0.6B, and one that blocks do not divide: rows, inputs, is gated.
 MATRICES = [
     (6144, 4096, False),
     (4096, 4096, False),
@@ -140,6 +140,7 @@ MATRICES = [
     (4096, 14336, False),
     (6144, 1024, True),
     (1024, 3072, False),
+    (1000, 1048, False),
 ]
 COUNTS = (1, 2, 16, 17, 63, 64, 65, 128, 200, 256, 300, 512, 1000, 2048, 8192)
 
