@@ -225,7 +225,11 @@ def show(p: Product, tokens: int, found: dict[str, Any]) -> None:
     for us, tile, is_same in found["rows"]:
         if not is_same:
             print(f"OTHER BITS {p.name} {tokens} {describe(tile)} ({us:.1f} us)", flush=True)
-    us, tile, _ = next(row for row in found["rows"] if may_choose(row[1], row[2]))
+    best = next((row for row in found["rows"] if may_choose(row[1], row[2])), None)
+    if best is None:
+        print(f"NO TILE {p.name} {tokens}: none has the bits of a token alone", flush=True)
+        return
+    us, tile, _ = best
     bytes_ps = 2 * p.rows * p.inputs / us / 1e6
     rate = f"{bytes_ps:.2f} TB/s, {tokens * bytes_ps:.0f} TFLOP/s"
     print(f"    ({p.rows}, {p.inputs}, {p.is_gated}, {tokens}): {describe(tile)},", flush=True)
@@ -246,7 +250,7 @@ def summarise(found: dict[str, dict[int, dict[str, Any]]], sizes: list[int]) -> 
     lines = []
     for n in sizes:
         blocks = {name: rows[n] for name, rows in found.items() if name != "head"}
-        ours = sum(min(us for us, t, ok in b["rows"] if may_choose(t, ok)) for b in blocks.values())
+        ours = sum(best_us(b) for b in blocks.values())
         chosen = sum(chosen_us(name, n, b) for name, b in blocks.items())
         library = sum(b["library_us"] for b in blocks.values())
         lines.append({
@@ -256,6 +260,10 @@ def summarise(found: dict[str, dict[int, dict[str, Any]]], sizes: list[int]) -> 
             "library_ms": LAYERS * library / 1e3,
         })  # fmt: skip
     return lines
+
+
+def best_us(found: dict[str, Any]) -> float:
+    return min((us for us, tile, is_same in found["rows"] if may_choose(tile, is_same)), default=float("nan"))
 
 
 def chosen_us(name: str, tokens: int, found: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""How do weights as they are run on a GPU with the same bits in every batch? By products of one fixed shape.
+"""How do weights as they are run on a GPU with the same bits in every batch? By products of one order.
 
 The matrix is that of `Unquantized`; the product is `kernels/fixed_linear.py`'s, in which a token's sum is
 taken in one order whatever the step holds. A gated activation and a residual may be taken along.
@@ -17,7 +17,7 @@ from slipstream.quant.unquantized import Unquantized
 
 
 class FixedTiles(Unquantized):
-    """`weight` [out, in] in the model's type, met by tiles of one shape."""
+    """`weight` [out, in] in the model's type, met by products of one order."""
 
     capability = QuantCapability(devices=frozenset({"cuda"}), batch_invariant=True, takes_ends=True)
 
