@@ -164,17 +164,30 @@ def test_every_tile_that_can_be_chosen_gives_the_bits_of_a_token_alone(
     for count in COUNTS:
         assert torch.equal(fixed_linear_op(x[:count], weight, name), expected[:count]), count
         assert torch.equal(fixed_linear_op(x[-count:], weight, name), expected[-count:]), count
-    residual = torch.randn(expected.shape, generator=generator, device=device).to(dtype)
-    for tile in GATED_RULE if is_gated else RULE:
+    rule = GATED_RULE if is_gated else RULE
+    for tile in rule:
         assert torch.equal(queued_matmul(x, weight, tile=tile, activation=kind), expected), tile
-        added = [
-            queued_matmul(x[:n], weight, tile=tile, activation=kind, residual_TO=residual[:n])
-            for n in (1, 8192)
-        ]
-        assert torch.equal(added[0][0], added[1][0]), tile
     exact = x[:64].double() @ weight.double().T
     if is_gated:
         gate, up = exact.chunk(2, -1)
         exact = silu(gate) * up
     # bfloat16 keeps 8 bits.
     torch.testing.assert_close(expected[:64].double(), exact, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="bits of random numbers are a GPU's business")
+@pytest.mark.parametrize("tile", RULE, ids=str)
+def test_a_residual_leaves_the_bits_of_a_token_alone(device: str, tile: Tile) -> None:
+    x, weight = (
+        draw(*shape, seed=i, device=device, dtype=torch.bfloat16)
+        for i, shape in enumerate(((777, 1048), (1000, 1048)))
+    )
+    residual = draw(777, 1000, seed=2, device=device, dtype=torch.bfloat16)
+    expected = queued_matmul(x, weight, tile=tile, residual_TO=residual)
+    other = queued_matmul(x, weight, tile=rule_of(1, 1000, is_gated=False), residual_TO=residual)
+    assert torch.equal(other, expected)
+    for token in (0, 63, 64, 500, 776):
+        here = slice(token, token + 1)
+        assert torch.equal(
+            queued_matmul(x[here], weight, tile=tile, residual_TO=residual[here]), expected[here]
+        )
