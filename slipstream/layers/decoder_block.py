@@ -84,10 +84,9 @@ class DecoderBlock(NativeBlock):
         if self.post_attention_norm is not None:
             attended_TD = self.post_attention_norm(attended_TD)
         normed_TD, x_TD = self.mlp_norm.add(attended_TD, x_TD)
-        mixed_TD = self.mlp(normed_TD)
         if self.post_mlp_norm is not None:
-            mixed_TD = self.post_mlp_norm(mixed_TD)
-        return x_TD + mixed_TD
+            return x_TD + self.post_mlp_norm(self.mlp(normed_TD))
+        return self.mlp.add(normed_TD, x_TD)
 
 
 def _self_attention(build: BuildContext, spec: BlockSpec, layer_idx: int, rotary: Rotary) -> SelfAttention:

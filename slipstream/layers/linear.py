@@ -19,7 +19,7 @@ from slipstream.kernels.scaled_linear import NUM_COUNTERS
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.packed_parameter import PackedParameter
 from slipstream.layers.parameter import Parameter, Slot, even_slot
-from slipstream.quant.base import TensorSpec
+from slipstream.quant.base import EndingQuantMethod, TensorSpec
 
 
 class Linear(nn.Module):
@@ -70,6 +70,15 @@ class Linear(nn.Module):
 
     def epilogue(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y.add_(self.bias)
+
+    @property
+    def takes_ends(self) -> bool:
+        """Say whether `with_end` may be called: nothing stands between the product and what follows."""
+        return self.quant.capability.takes_ends and self.bias is None and self.mesh.tp_size == 1
+
+    def with_end(self, x: Tensor, *, activation: str = "", residual: Tensor | None = None) -> Tensor:
+        """Return act(forward(x)) + residual, computed together; a gated `activation` or "" for none."""
+        return cast(EndingQuantMethod, self.quant).apply_with_end(self, x, activation, residual)
 
 
 class ColumnParallelLinear(Linear):

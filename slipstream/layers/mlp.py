@@ -71,10 +71,23 @@ class GatedMLP(nn.Module):
         self.down = RowParallelLinear(build, intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(self.gated(x_TD))
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
+        """Return forward(x) + residual."""
+        if self.down.takes_ends:
+            return self.down.with_end(self.gated(x_TD), residual=residual_TD)
+        return residual_TD + self(x_TD)
+
+    def gated(self, x_TD: Tensor) -> Tensor:
+        """Return activation(gate(x)) * up(x), in one kernel where the product takes it along."""
+        op = OPS_OF[self.activation_name]
+        is_outside = op in KERNELS.on_cpu or op in KERNELS.on_gpu
+        if self.gate_up.takes_ends and not is_outside:
+            return self.gate_up.with_end(x_TD, activation=self.activation_name)
         gate_up_TF = self.gate_up(x_TD)
-        is_op = gate_up_TF.is_cuda or OPS_OF[self.activation_name] in KERNELS.on_cpu
-        activation = ACTIVATION_OPS[self.activation_name] if is_op else self.activation
-        return self.down(activation(gate_up_TF))
+        is_op = gate_up_TF.is_cuda or op in KERNELS.on_cpu
+        return (ACTIVATION_OPS[self.activation_name] if is_op else self.activation)(gate_up_TF)
 
 
 class MLP(nn.Module):

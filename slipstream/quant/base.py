@@ -25,7 +25,7 @@ class QuantCapability(Capability):
 
     `native_blocks` says that a decoder block of such weights may run as one native call, `plain_weights` that
     `weight` is the matrix itself, for kernels that read it; `batch_invariant` promises that a token's bits
-    depend on nothing else in the step.
+    depend on nothing else in the step; `takes_ends` says that the method has `apply_with_end` too.
     """
 
     activation_dtypes: frozenset[str] = frozenset({"float32", "float16", "bfloat16"})
@@ -33,6 +33,7 @@ class QuantCapability(Capability):
     native_blocks: bool = False
     plain_weights: bool = False
     batch_invariant: bool = False
+    takes_ends: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,4 +83,14 @@ class QuantMethod(Protocol):
 
     def look_up(self, layer: Any, ids_T: Tensor) -> Tensor:
         """Return the rows `ids_T` of the weight, [T, in_features]: an embedding."""
+        ...
+
+
+class EndingQuantMethod(QuantMethod, Protocol):
+    """A method whose products take along what stands behind them: `takes_ends`."""
+
+    def apply_with_end(
+        self, layer: Any, x: Tensor, activation: str = "", residual: Tensor | None = None
+    ) -> Tensor:
+        """Return act(x @ W^T) + residual; a gated `activation` by Hugging Face's name, "" for none."""
         ...

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slipstream.kernels.fixed_linear import fixed_linear, fixed_linear_op
+from slipstream.kernels.fused_linear import GATED
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -26,6 +27,18 @@ def test_it_is_a_product_whose_tokens_do_not_meet(dtype: torch.dtype, tolerance:
     assert fixed_linear(x[:0], weight).shape == (0, 40)
 
 
+@pytest.mark.parametrize("activation", ["", "silu", "gelu_pytorch_tanh"])
+def test_what_stands_behind_it_is_what_the_ops_compute(activation: str) -> None:
+    x, weight = draw(5, 96, dtype=torch.float32), draw(40, 96, dtype=torch.float32, seed=1) / 10
+    product = fixed_linear(x, weight)
+    expected = GATED[activation][1](product) if activation else product
+    residual = draw(*expected.shape, dtype=torch.float32, seed=2)
+    assert torch.equal(fixed_linear(x, weight, activation), expected)
+    assert torch.equal(fixed_linear(x, weight, activation, residual), residual + expected)
+
+
 def test_the_op_keeps_its_schema_and_fake() -> None:
     arguments = (draw(3, 8, dtype=torch.float32), draw(5, 8, dtype=torch.float32, seed=1))
-    torch.library.opcheck(fixed_linear_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    wide = (*arguments[:1], draw(6, 8, dtype=torch.float32, seed=1), "silu", draw(3, 3, dtype=torch.float32))
+    for given in (arguments, wide):
+        torch.library.opcheck(fixed_linear_op, given, test_utils=("test_schema", "test_faketensor"))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from slipstream.core.errors import ConfigError
+from slipstream.kernels.plugins import KERNELS
 from slipstream.layers.build_context import BuildContext
 from slipstream.layers.mlp import ACTIVATIONS, MLP, PLAIN_ACTIVATIONS, GatedMLP
+from slipstream.quant.fixed_tiles import FixedTiles
 from tests.layers.shards import contexts, draw, fill
 
 UP, DOWN = draw(12, 8, seed=1), draw(8, 12, seed=2)
@@ -51,6 +56,49 @@ def test_a_gated_mlp_computes_its_formula(activation: str) -> None:
     fill(mlp.down.weight, DOWN)
     expected = functional.linear(ACT2FN[activation](X @ gate.T) * (X @ UP.T), DOWN)
     torch.testing.assert_close(mlp(X), expected, rtol=1e-5, atol=1e-5)
+
+
+def ending(*, bias: bool) -> GatedMLP:
+    mlp = GatedMLP(BuildContext(quant=FixedTiles()), 8, 12, bias=bias)
+    fill(mlp.gate_up.weight, draw(12, 8, seed=5), "gate")
+    fill(mlp.gate_up.weight, UP, "up")
+    fill(mlp.down.weight, DOWN)
+    if mlp.gate_up.bias is not None and mlp.down.bias is not None:
+        fill(mlp.gate_up.bias, draw(12, seed=6), "gate")
+        fill(mlp.gate_up.bias, UP_BIAS, "up")
+        fill(mlp.down.bias, DOWN_BIAS)
+    return mlp
+
+
+@pytest.mark.parametrize(
+    ("bias", "is_outside", "taken"),
+    [(False, False, [("silu", False), ("", True)]), (True, False, [("", False)] * 2),
+     (False, True, [("", False), ("", True)])],
+    ids=["plain", "biases", "an outside activation"],
+)  # fmt: skip
+def test_products_take_along_what_nothing_stands_before(
+    bias: bool, is_outside: bool, taken: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, bool]] = []
+    whole = FixedTiles.apply_with_end
+
+    def recorded(
+        self: FixedTiles, layer: Any, x: Tensor, activation: str = "", residual: Tensor | None = None
+    ) -> Tensor:
+        calls.append((activation, residual is not None))
+        return whole(self, layer, x, activation, residual)
+
+    monkeypatch.setattr(FixedTiles, "apply_with_end", recorded)
+    mlp, residual = ending(bias=bias), draw(5, 8, seed=9)
+    if is_outside:
+        monkeypatch.setattr(KERNELS, "on_gpu", frozenset({"silu_and_mul"}))
+    given = mlp.add(X, residual)
+    assert calls == taken
+    gate_up = functional.linear(X, mlp.gate_up.weight, mlp.gate_up.bias)
+    gate, up = gate_up.chunk(2, -1)
+    expected = functional.linear(functional.silu(gate) * up, mlp.down.weight, mlp.down.bias) + residual
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mlp(X) + residual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [MLP, GatedMLP])

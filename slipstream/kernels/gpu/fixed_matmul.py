@@ -5,7 +5,8 @@ The inputs are cut into parts of a fixed length; a part is summed up from zero i
 parts are added in their order. Where there are few tiles, programs take a part each and a second kernel adds
 the parts up; where there are many, one program takes the parts of its tile in turn: the same sums in the same
 order. A matrix unit adds up the 16 inputs of an instruction for each element alike, whatever tile it is in,
-so that in 16 bits many tokens may meet larger tiles; in float32 all tiles have one shape.
+so that in 16 bits many tokens may meet larger tiles; in float32 all tiles have one shape. Where it can be
+had, `queued_matmul.py` is faster, with other bits.
 Invariant: what a line of `x` gives depends on that line and the weights.
 T tokens, I inputs, O outputs, P parts.
 """

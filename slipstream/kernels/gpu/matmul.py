@@ -52,7 +52,7 @@ class Tile:
 
 
 @triton.jit
-def _ask_for(w_ptr, first, at, outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def ask_for(w_ptr, first, at, outputs, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Ask for a block of weights without waiting for it: a line of the L2 for each element here."""
     rows = first + tl.arange(0, ROWS)
     columns = at + tl.arange(0, COLUMNS // 64) * 64
@@ -133,10 +133,10 @@ def _matmul(
     n_tile = tile // TOKEN_TILES
     first_m, first_n = tile % TOKEN_TILES * BM, n_tile * BN
     if PDL and AHEAD > 0:
-        _ask_for(w_ptr, first_n, first_k * BK, outputs, INPUTS, BN, AHEAD * BK)
+        ask_for(w_ptr, first_n, first_k * BK, outputs, INPUTS, BN, AHEAD * BK)
         if ACTIVATION >= 0:
             up_ptr = w_ptr + outputs.to(tl.int64) * INPUTS
-            _ask_for(up_ptr, first_n, first_k * BK, outputs, INPUTS, BN, AHEAD * BK)
+            ask_for(up_ptr, first_n, first_k * BK, outputs, INPUTS, BN, AHEAD * BK)
     wait_for_previous(PDL)
     if WEIGHTS_FIRST:
         acc = tl.zeros((BN, BM), tl.float32)

@@ -144,10 +144,20 @@ def decode_split(m: Model, n: int) -> None:
 
 
 def compute(m: Model, n: int) -> None:
-    from slipstream.kernels.gpu import fixed_matmul, gated_activation, gemv, matmul, matmul_tiles, rms_norm
+    from slipstream.kernels.gpu import (
+        fixed_matmul,
+        gated_activation,
+        gemv,
+        matmul,
+        matmul_tiles,
+        queued_matmul,
+        rms_norm,
+    )
 
     x, gate = (torch.empty(n, size, dtype=torch.bfloat16) for size in (m.hidden, 2 * m.inner))
     fixed_matmul.fixed_matmul(x, torch.empty(m.inner, m.hidden, dtype=torch.bfloat16))
+    queued = queued_matmul.Tile(64, 64, 64, 4, 4, in_turn=True)
+    queued_matmul.queued_matmul(x, torch.empty(m.inner, m.hidden, dtype=torch.bfloat16), tile=queued)
     gated_activation.gated_activation(gate, 0)
     weight = torch.empty(m.hidden, m.hidden, dtype=torch.bfloat16)
     gemv.gemv(x[n - 1 :], weight, tile=(4, 512, 4))
@@ -218,6 +228,7 @@ BOUNDS = {
     "matmul._matmul": 4,  # how many tiles of 64 tokens, up to 300
     "fixed_matmul._fixed_matmul": 2,  # parts apart or together
     "fixed_matmul._join_parts": 1,
+    "queued_matmul._queued": 1,
     "gated_activation._gated": 1,
     "rms_norm._norm": 1,
     "decode_inputs._look_up": 1,
