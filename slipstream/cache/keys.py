@@ -7,10 +7,10 @@ the same. A keyed hash of fewer bits invites crafted collisions across users (CV
 from __future__ import annotations
 
 import hashlib
-from array import array
+import struct
 from collections.abc import Sequence
 
-TOKEN_BYTES = array("i").itemsize
+TOKEN_BYTES = 4
 
 
 def root_key(*, salt: str | None = None, adapter: str | None = None, media: Sequence[str] = ()) -> bytes:
@@ -25,7 +25,7 @@ def root_key(*, salt: str | None = None, adapter: str | None = None, media: Sequ
 
 def content_of(tokens: Sequence[int]) -> bytes:
     """Return the content of a block, or of blocks one after another: `TOKEN_BYTES` for each token."""
-    return array("i", tokens).tobytes()
+    return struct.pack(f"{len(tokens)}i", *tokens)
 
 
 def tokens_of(content: bytes) -> list[int]:
