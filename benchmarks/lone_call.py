@@ -45,7 +45,7 @@ from slipstream.engine.step_shapes import StepShapes
 from slipstream.llm import LLM
 
 RESULT = Path(__file__).parent / "results" / "lone_call.json"
-VOCAB, MAX_SEQ_LEN, BLOCK_TOKENS, ROWS, NUM_PAGES = 128_256, 8192, 32, 256, 4096
+VOCAB, MAX_SEQ_LEN, BLOCK_TOKENS, ROWS, NUM_PAGES = 128_256, 8192, 32, 256, 32_768
 # Name -> (ids of the prompt, how many of them are found in the prefix cache).
 WORK = {
     "128": (128, 0),
@@ -87,7 +87,7 @@ class Call:
     def __init__(self, device_s: float) -> None:
         self._device_s = device_s
         self.marks: dict[str, float] = {}
-        declared = [CacheGroup(layers=tuple(range(32)), kind="full", heads=1, head_dim=8)]
+        declared = [CacheGroup(layers=(0,), kind="full", heads=1, head_dim=8)]
         groups = resolve(declared, block_tokens=BLOCK_TOKENS, element_bytes=4)
         scheduler = Scheduler(KvCache(groups, NUM_PAGES), max_batch_size=ROWS, max_num_tokens=MAX_SEQ_LEN)
         runner_file.GraphCapture = InstantCapture  # type: ignore[misc]
@@ -111,13 +111,16 @@ class Call:
         self.llm = LLM.__new__(LLM)
         self.service = self.llm._service = EngineService(_info(), client, None)
         self.service.hold_collector()
+        self._mark_phases(engine)
+
+    def _mark_phases(self, engine: Engine) -> None:
         self._mark(self.service, "create_request", "created")
         self._mark(self.service, "submit_batch", "submitted")
         self._mark(engine, "submit", "picked up", is_start=True)
-        self._mark(scheduler, "plan", "planned")
-        self._mark(runner, "sample", "launched")
-        self._mark(runner, "collect", "collected")
-        self._mark(scheduler, "commit", "committed")
+        self._mark(engine.scheduler, "plan", "planned")
+        self._mark(engine.runner, "sample", "launched")
+        self._mark(engine.runner, "collect", "collected")
+        self._mark(engine.scheduler, "commit", "committed")
         self._mark(Generation, "put", "delivered", is_start=True)
 
     def _mark(self, owner: Any, name: str, phase: str, *, is_start: bool = False) -> None:
@@ -183,7 +186,7 @@ def _info() -> EngineInfo:
 
 def prompts_of(num_ids: int, num_cached: int, count: int) -> list[list[int]]:
     """Return random prompts with `num_cached` ids in common, one more than asked for: it fills the cache."""
-    rng = random.Random(1)
+    rng = random.Random(f"{num_ids} {num_cached} {count}")
 
     def draw(size: int) -> list[int]:
         return rng.choices(range(VOCAB), k=size)

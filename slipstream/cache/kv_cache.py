@@ -36,6 +36,9 @@ class Hit:
     wanted: tuple[bytes, ...] = ()
 
 
+NO_HIT = Hit()
+
+
 class KvCache:
     """The pages of one engine replica, in resolved groups of equal pages."""
 
@@ -51,6 +54,7 @@ class KvCache:
     ) -> None:
         self.groups = list(groups)
         self.block_tokens = groups[0].block_tokens
+        self._root = root_key()
         self.enable_block_reuse = enable_block_reuse
         self.enable_partial_reuse = enable_block_reuse and enable_partial_reuse
         self._windows = [group.window if group.kind == "window" else 0 for group in groups]
@@ -62,7 +66,7 @@ class KvCache:
 
     def pages_for(self, num_tokens: int, *, max_span: int) -> int:
         """Return the most pages that a sequence of `num_tokens`, run in spans of `max_span`, ever holds."""
-        return self.pages_missing(Hit(), num_tokens, max_span=max_span)
+        return self.pages_missing(NO_HIT, num_tokens, max_span=max_span)
 
     @property
     def num_free_tokens(self) -> int:
@@ -112,7 +116,7 @@ class KvCache:
         num_prompt: int = 0,
     ) -> BlockTable:
         """Return an empty table; `retention` speaks of a prompt of `num_prompt` tokens and what follows."""
-        root = root_key(salt=salt)
+        root = self._root if salt is None else root_key(salt=salt)
         return BlockTable(len(self.groups), root, retention=retention, num_prompt=num_prompt)
 
     def lookup(self, table: BlockTable, tokens: Sequence[int], *, step_id: int) -> Hit:
@@ -121,7 +125,7 @@ class KvCache:
         Changes nothing but `table.keys`. O(blocks of `tokens`).
         """
         if not self.enable_block_reuse:
-            return Hit()
+            return NO_HIT
         self._extend_keys(table, tokens)
         usable = (len(tokens) - 1) // self.block_tokens
         chain = self._longest_chain(table.keys[:usable])

@@ -131,12 +131,15 @@ class PrefixIndex:
         best: Node | None = None
         best_length = 0
         head = content[:TOKEN_BYTES]
+        if not head:
+            return None, 0
         for scanned, node in enumerate(reversed(self._children.get(parent, {}).values())):
             if scanned == MAX_SCANNED_CHILDREN:
                 break
-            if node.num_pages < self._num_groups or node.step_id >= before_step:
+            # Most children differ in their first token.
+            if not node.content.startswith(head) or node.num_pages < self._num_groups:
                 continue
-            if not head or not node.content.startswith(head):
+            if node.step_id >= before_step:
                 continue
             length = _common_length(tokens_of(node.content), tokens_of(content))
             if length > best_length:
