@@ -7,8 +7,10 @@ the same. A keyed hash of fewer bits invites crafted collisions across users (CV
 from __future__ import annotations
 
 import hashlib
-from array import array
+import struct
 from collections.abc import Sequence
+
+TOKEN_BYTES = 4
 
 
 def root_key(*, salt: str | None = None, adapter: str | None = None, media: Sequence[str] = ()) -> bytes:
@@ -21,14 +23,25 @@ def root_key(*, salt: str | None = None, adapter: str | None = None, media: Sequ
     return digest.digest()
 
 
-def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Return the key of a block of `tokens` (a full one, or the tail of a prompt) after `parent`."""
-    return hashlib.sha256(parent + array("i", tokens).tobytes()).digest()
+def content_of(tokens: Sequence[int]) -> bytes:
+    """Return the content of a block, or of blocks one after another: `TOKEN_BYTES` for each token."""
+    return struct.pack(f"{len(tokens)}i", *tokens)
 
 
-def extend_keys(keys: list[bytes], root: bytes, tokens: Sequence[int], block_tokens: int) -> None:
-    """Append to `keys`, in place, the key of every full block of `tokens` that it lacks."""
-    parent = keys[-1] if keys else root
-    for first in range(len(keys) * block_tokens, len(tokens) - block_tokens + 1, block_tokens):
-        parent = block_key(parent, tokens[first : first + block_tokens])
+def tokens_of(content: bytes) -> list[int]:
+    return memoryview(content).cast("i").tolist()
+
+
+def block_key(parent: bytes, content: bytes) -> bytes:
+    """Return the key of a block (a full one, or the tail of a prompt) after `parent`."""
+    return hashlib.sha256(parent + content).digest()
+
+
+def chain_keys(parent: bytes, content: bytes, block_bytes: int) -> list[bytes]:
+    """Return the key of every block of `block_bytes` in `content`, each after the one before."""
+    sha256 = hashlib.sha256
+    keys: list[bytes] = []
+    for first in range(0, len(content), block_bytes):
+        parent = sha256(parent + content[first : first + block_bytes]).digest()
         keys.append(parent)
+    return keys

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from slipstream.cache.block_table import BlockTable
-from slipstream.cache.keys import block_key, extend_keys, root_key
+from slipstream.cache.keys import TOKEN_BYTES, block_key, chain_keys, content_of, root_key
 from slipstream.cache.kv_events import Event, KvEvents
 from slipstream.cache.pool import NULL_PAGE, PagePool
 from slipstream.cache.prefix_index import Node, PrefixIndex
@@ -36,6 +36,9 @@ class Hit:
     wanted: tuple[bytes, ...] = ()
 
 
+NO_HIT = Hit()
+
+
 class KvCache:
     """The pages of one engine replica, in resolved groups of equal pages."""
 
@@ -51,6 +54,7 @@ class KvCache:
     ) -> None:
         self.groups = list(groups)
         self.block_tokens = groups[0].block_tokens
+        self._root = root_key()
         self.enable_block_reuse = enable_block_reuse
         self.enable_partial_reuse = enable_block_reuse and enable_partial_reuse
         self._windows = [group.window if group.kind == "window" else 0 for group in groups]
@@ -62,7 +66,7 @@ class KvCache:
 
     def pages_for(self, num_tokens: int, *, max_span: int) -> int:
         """Return the most pages that a sequence of `num_tokens`, run in spans of `max_span`, ever holds."""
-        return self.pages_missing(Hit(), num_tokens, max_span=max_span)
+        return self.pages_missing(NO_HIT, num_tokens, max_span=max_span)
 
     @property
     def num_free_tokens(self) -> int:
@@ -112,7 +116,7 @@ class KvCache:
         num_prompt: int = 0,
     ) -> BlockTable:
         """Return an empty table; `retention` speaks of a prompt of `num_prompt` tokens and what follows."""
-        root = root_key(salt=salt)
+        root = self._root if salt is None else root_key(salt=salt)
         return BlockTable(len(self.groups), root, retention=retention, num_prompt=num_prompt)
 
     def lookup(self, table: BlockTable, tokens: Sequence[int], *, step_id: int) -> Hit:
@@ -121,8 +125,8 @@ class KvCache:
         Changes nothing but `table.keys`. O(blocks of `tokens`).
         """
         if not self.enable_block_reuse:
-            return Hit()
-        extend_keys(table.keys, table.root, tokens, self.block_tokens)
+            return NO_HIT
+        self._extend_keys(table, tokens)
         usable = (len(tokens) - 1) // self.block_tokens
         chain = self._longest_chain(table.keys[:usable])
         matched = len(chain)
@@ -131,7 +135,7 @@ class KvCache:
             first = matched * self.block_tokens
             rest = tokens[first : min(first + self.block_tokens, len(tokens) - 1)]
             parent = table.parent_of(matched)
-            partial, length = self._index.longest_partial(parent, rest, before_step=step_id)
+            partial, length = self._index.longest_partial(parent, content_of(rest), before_step=step_id)
         # A start that holds all but the last token leaves nothing that is worth waiting for.
         is_all = matched * self.block_tokens + length == len(tokens) - 1
         wanted = () if is_all else tuple(self._wanted(table, tokens, matched))
@@ -145,11 +149,25 @@ class KvCache:
         wanted = table.keys[matched:]
         tail = len(tokens) % self.block_tokens
         if tail and self.enable_partial_reuse:
-            wanted.append(block_key(table.parent_of(len(table.keys)), tokens[len(tokens) - tail :]))
+            rest = content_of(tokens[len(tokens) - tail :])
+            wanted.append(block_key(table.parent_of(len(table.keys)), rest))
         return wanted
+
+    def _extend_keys(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """Give a table the key of every full block of `tokens` that it lacks; known content is not hashed."""
+        first, count = len(table.keys), len(tokens) // self.block_tokens
+        if first >= count:
+            return
+        content = content_of(tokens[first * self.block_tokens : count * self.block_tokens])
+        size = self.block_tokens * TOKEN_BYTES
+        found = self._index.follow(table.parent_of(first), content, size)
+        table.keys += found
+        table.keys += chain_keys(table.parent_of(first + len(found)), content[len(found) * size :], size)
 
     def _longest_chain(self, keys: Sequence[bytes]) -> list[Node]:
         """Return the nodes of the longest start of `keys` at whose end every group can go on."""
+        if not any(self._windows):
+            return self._index.complete_chain(keys)
         needs = [self._window_blocks(window) if window else 0 for window in self._windows]
         runs = [0] * len(needs)
         nodes: list[Node] = []
@@ -174,9 +192,7 @@ class KvCache:
 
     def num_idle(self, hit: Hit) -> int:
         """Return how many pages of a hit lie on the free list: taking the hit takes them off it."""
-        pages = {page for pages in self._shared(hit) for page in pages}
-        pages.update(hit.partial.pages if hit.partial else ())
-        return sum(page != NULL_PAGE and self.pool.references(page) == 0 for page in pages)
+        return self.pool.count_idle(*self._shared(hit), hit.partial.pages if hit.partial else ())
 
     def _shared(self, hit: Hit) -> list[list[int]]:
         """Return the pages per group that a hit shares; behind a window there is nothing to hold."""
@@ -198,9 +214,7 @@ class KvCache:
         """
         shared = self._shared(hit)
         sources = list(hit.partial.pages) if hit.partial else []
-        for page in (*(page for pages in shared for page in pages), *sources):
-            if page != NULL_PAGE:
-                self.pool.acquire(page)
+        self.pool.acquire(*shared, sources)
         table.pages = shared
         table.first_live = [_count_leading_nulls(pages) for pages in shared]
         table.num_published = table.num_reused = len(hit.nodes)
@@ -208,7 +222,8 @@ class KvCache:
         grown = self.extend(table, num_tokens)
         if grown is None:
             # Nothing was named by a step yet: the references taken above fall at once.
-            self.pool.release([*(page for pages in shared for page in pages), *sources], after_step=-1)
+            for pages in (*shared, sources):
+                self.pool.release(pages, after_step=-1)
             table.reset(len(self.groups))
             return None
         self._retain(table, 0, [pages[: len(hit.nodes)] for pages in table.pages])
@@ -231,9 +246,8 @@ class KvCache:
         count, begun = divmod(num_tokens, self.block_tokens)
         shared = [pages[:count] for pages in source.pages]
         sources = [pages[count] for pages in source.pages] if begun else []
-        held = [page for pages in (*shared, sources) for page in pages if page != NULL_PAGE]
-        for page in held:
-            self.pool.acquire(page)
+        held = [*shared, sources]
+        self.pool.acquire(*held)
         table.pages = shared
         table.first_live = list(source.first_live)
         table.keys = source.keys[:count]
@@ -242,7 +256,8 @@ class KvCache:
         table.capacity = count * self.block_tokens
         grown = self.extend(table, num_tokens + 1)
         if grown is None:
-            self.pool.release(held, after_step=-1)
+            for pages in held:
+                self.pool.release(pages, after_step=-1)
             table.reset(len(self.groups))
             return None
         self.pool.release(sources, after_step=step_id)
@@ -293,18 +308,20 @@ class KvCache:
         complete = min(len(tokens), num_planned) // self.block_tokens
         if not self.enable_block_reuse or complete <= table.num_published:
             return []
-        extend_keys(table.keys, table.root, tokens, self.block_tokens)
+        self._extend_keys(table, tokens)
         first = table.num_published
+        content = content_of(tokens[first * self.block_tokens : complete * self.block_tokens])
+        size = self.block_tokens * TOKEN_BYTES
         for block in range(first, complete):
             pages = [held[block] for held in table.pages]
             if table.tail_key is not None:
                 self._index.withdraw([page for page in pages if page != NULL_PAGE], self.pool)
                 table.tail_key = None
-            start = block * self.block_tokens
+            start = (block - first) * size
             self._index.insert(
                 key=table.keys[block],
                 parent=table.parent_of(block),
-                tokens=tokens[start : start + self.block_tokens],
+                content=content[start : start + size],
                 pages=pages,
                 step_id=step_id,
                 pool=self.pool,
@@ -319,7 +336,7 @@ class KvCache:
         if not self.enable_partial_reuse or not tail or table.num_published != block:
             return None
         parent = table.parent_of(block)
-        rest = tokens[block * self.block_tokens :]
+        rest = content_of(tokens[block * self.block_tokens :])
         key = block_key(parent, rest)
         if table.tail_key is not None:
             self._index.withdraw([held[block] for held in table.pages], self.pool)
@@ -329,7 +346,7 @@ class KvCache:
             self._index.insert(
                 key=key,
                 parent=parent,
-                tokens=rest,
+                content=rest,
                 pages=[held[block] for held in table.pages],
                 step_id=step_id,
                 pool=self.pool,

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from slipstream.cache.eviction_order import EvictionOrder
-from slipstream.core.kv_retention import DEFAULT_PRIORITY
 
 NULL_PAGE = 0
-DEFAULT_RETENTION = (DEFAULT_PRIORITY, None)
 
 
 class PagePool:
@@ -92,11 +90,22 @@ class PagePool:
             pages.append(page)
         return pages
 
-    def acquire(self, page: int) -> None:
-        """Add a reference to a page that holds reusable content, taking it off the free list."""
-        if self._references[page] == 0:
-            self._reusable.remove(page)
-        self._references[page] += 1
+    def acquire(self, *held: Sequence[int]) -> None:
+        """Add a reference to pages that hold reusable content, taking them off the free list."""
+        references, remove = self._references, self._reusable.remove
+        for pages in held:
+            for page in pages:
+                if page == NULL_PAGE:
+                    continue
+                if references[page] == 0:
+                    remove(page)
+                references[page] += 1
+
+    def count_idle(self, *held: Sequence[int]) -> int:
+        """Return how many of these pages, each counted once, nobody holds."""
+        references = self._references
+        idle = {page for pages in held for page in pages if not references[page]}
+        return len(idle - {NULL_PAGE})
 
     def release(self, pages: Iterable[int], *, after_step: int) -> None:
         """Drop one reference to each page once step `after_step` has retired (at once if it has)."""
@@ -147,17 +156,22 @@ class PagePool:
         return tainted
 
     def _drop(self, pages: Iterable[int]) -> None:
+        """Take back a reference to each page; a long request gives back many at its end: keep it flat."""
+        references, is_keyed, retention = self._references, self._is_keyed, self._retention
+        add = self._reusable.add
         for page in pages:
-            count = self._references[page] - 1
+            count = references[page] - 1
             assert count >= 0, f"page {page} freed twice"
-            self._references[page] = count
-            if count == 0:
-                self._num_returned += 1
-                if self._is_keyed[page]:
-                    priority, duration_s = self._retention.get(page, DEFAULT_RETENTION)
-                    self._reusable.add(page, priority, duration_s)
-                else:
-                    self._give_blank(page)
+            references[page] = count
+            if count:
+                continue
+            self._num_returned += 1
+            if not is_keyed[page]:
+                self._give_blank(page)
+            elif page in retention:
+                add(page, *retention[page])
+            else:
+                add(page)
 
     def _give_blank(self, page: int) -> None:
         self._retention.pop(page, None)

@@ -136,21 +136,22 @@ class Sample:
         output.logprobs.append(logprob_entry(logprobs, self._tokenizer))
         output.cumulative_logprob += logprobs.logprob
 
-    def snapshot(self) -> CompletionOutput:
-        """Return a copy that later tokens do not change, with what is new since the last one."""
+    def snapshot(self, *, is_last: bool) -> CompletionOutput:
+        """Return the output with what is new since the last one: a copy that later tokens do not change.
+
+        After the last one there are none, and it is the output itself.
+        """
         output = self.output
         if self._logits is not None and self.is_finished and output.generation_logits is None:
             output.generation_logits = joined_logits(self._logits)
             self._logits = None
-        shown = dataclasses.replace(
-            output,
-            token_ids=list(output.token_ids),
-            logprobs=None if output.logprobs is None else list(output.logprobs),
-            text_diff=output.text[self._shown_text :],
-            token_ids_diff=output.token_ids[self._shown_tokens :],
-        )
+        output.text_diff = output.text[self._shown_text :]
+        output.token_ids_diff = output.token_ids[self._shown_tokens :]
         self._shown_text, self._shown_tokens = len(output.text), len(output.token_ids)
-        return shown
+        if is_last:
+            return output
+        logprobs = None if output.logprobs is None else list(output.logprobs)
+        return dataclasses.replace(output, token_ids=list(output.token_ids), logprobs=logprobs)
 
     def delta(self) -> CompletionOutput | None:
         """Return only what is new since the last one, None where nothing is. Its cost is that of the news."""
@@ -199,16 +200,17 @@ class Pending:
 
     def output(self) -> RequestOutput:
         request = self.request
+        is_finished = self.num_open == 0
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=self._shown(),
-            finished=self.num_open == 0,
+            outputs=self._shown(is_last=is_finished),
+            finished=is_finished,
             prompt_logprobs=self.prompt.logprobs if self.prompt else None,
             context_logits=self.prompt.logits if self.prompt else None,
             num_cached_tokens=self.num_cached_tokens,
-            metrics=dataclasses.replace(self.metrics),
+            metrics=self.metrics if is_finished else dataclasses.replace(self.metrics),
             error=self.error,
             hidden_states=self.hidden_states,
         )
@@ -237,8 +239,8 @@ class Pending:
         """Say whether samples are generated only to be left out: then none is shown before the end."""
         return self.request.num_returned < len(self.samples)
 
-    def _shown(self) -> list[CompletionOutput]:
-        shown = [sample.snapshot() for sample in self.samples]
+    def _shown(self, *, is_last: bool) -> list[CompletionOutput]:
+        shown = [sample.snapshot(is_last=is_last) for sample in self.samples]
         if self.is_ranked:
             # A sample that ended before its first token comes last.
             shown.sort(key=lambda output: (not output.token_ids, -(output.cumulative_logprob or 0.0)))

@@ -11,6 +11,8 @@ B lines: R one-token rows, then P longer spans; T tokens of the spans, M tiles.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,32 +59,29 @@ class Layout:
 
     def pack_spans(self, shape: StepShape, spans: Sequence[Span], inside: Sequence[int]) -> np.ndarray:
         """Return the line of a step with prompts; `inside` is by span. Without spans it is nobody's step."""
-        sizes = self.sizes(shape)
-        host = np.full(sum(sizes), NOBODY, dtype=np.int64)
-        num_rows, lines = shape.rows, shape.lines
-        num_ones = count_ones(spans)
-        last = num_rows + len(spans) - num_ones
-        plan_3B = host[: 3 * lines].reshape(3, lines)
-        plan_3B[1] = 0
-        counts = [span.len for span in spans]
-        if spans:
-            said = np.array([[s.row for s in spans], [s.start for s in spans], inside], dtype=np.int64)
-            plan_3B[:, :num_ones] = said[:, :num_ones]
-            plan_3B[:, num_rows:last] = said[:, num_ones:]
-        # Unused one-token rows have their place in the step all the same.
-        first_token = 3 * lines
-        query_start = host[first_token : first_token + lines + 1]
-        query_start[: num_rows + 1] = np.arange(num_rows + 1)
-        ends = num_rows + np.cumsum(counts[num_ones:], dtype=np.int64)
-        query_start[num_rows + 1 : last + 1] = ends
-        query_start[last + 1 :] = total = int(ends[-1]) if len(ends) else num_rows
-        line_T = host[first_token + lines + 1 :]
-        line_T[: total - num_rows] = np.repeat(np.arange(num_rows, last), counts[num_ones:])
-        tiles_M2 = host[sum(sizes[:-1]) :].reshape(-1, 2)
-        tiles_M2[:] = (num_rows, NOWHERE)
-        starts = self._tiles(num_rows, counts[num_ones:])
-        if starts:
-            tiles_M2[: len(starts)] = starts
+        # Lists, not arrays: a prompt's few numbers are made when numpy's code has long left the caches.
+        num_rows, num_ones = shape.rows, count_ones(spans)
+
+        def by_line(values: Sequence[int], unused: int) -> list[int]:
+            """Unused one-token rows have their place in the step all the same."""
+            ones, longer = list(values[:num_ones]), list(values[num_ones:])
+            gap, rest = num_rows - num_ones, shape.prompts - len(longer)
+            return ones + [unused] * gap + longer + [unused] * rest
+
+        line = by_line([span.row for span in spans], NOBODY)
+        line += by_line([span.start for span in spans], 0)
+        line += by_line(inside, NOBODY)
+        counts = [span.len for span in spans[num_ones:]]
+        ends = list(itertools.accumulate(counts, initial=num_rows))
+        line += range(num_rows)
+        line += ends + ends[-1:] * (shape.prompts - len(counts))
+        for place, count in enumerate(counts, start=num_rows):
+            line += [place] * count
+        line += [NOBODY] * (num_rows + shape.tokens - ends[-1])
+        tiles = self._tiles(num_rows, counts)
+        line += itertools.chain(*tiles, *[(num_rows, NOWHERE)] * (self.num_tiles(shape) - len(tiles)))
+        host = np.empty(len(line), dtype=np.int64)
+        struct.pack_into(f"{len(line)}q", host.data, 0, *line)
         return host
 
     def _tiles(self, num_rows: int, counts: Sequence[int]) -> list[tuple[int, int]]:

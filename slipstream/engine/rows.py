@@ -9,6 +9,9 @@ writes rows only through `apply` and reads nothing back.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +20,14 @@ from torch import Tensor
 
 from slipstream.core.plan import Span, StepPlan
 from slipstream.kernels.tree_masks import tree_of
+
+# Kernels are compiled for tensors that begin at multiples of 16 bytes; torch aligns its own to 256.
+ALIGNED_INTS = 64
+# So many numbers are packed faster one by one than by the array operations that many need.
+FEW = 1024
+
+# Numbers of 32 bits that follow each other, and the place of the first.
+Run = tuple[int, Sequence[int]]
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,6 +68,18 @@ def tree_lines(spans: Sequence[Span], num_tokens: int) -> np.ndarray | None:
     return lines_2T if lines_2T[0].any() else None
 
 
+def _put_places(host: np.ndarray, runs: Sequence[Run], count: int) -> None:
+    """Put the place of each of `count` numbers at the beginning of `host`."""
+    if count > FEW:
+        lens = np.array([len(run) for _, run in runs])
+        shifts = np.array([place for place, _ in runs]) - (np.cumsum(lens) - lens)
+        np.add(np.arange(count), np.repeat(shifts, lens), out=host[:count])
+        return
+    # Of few numbers a lone prompt's are typical, and then none of numpy's code is in a cache.
+    places = itertools.chain(*[range(place, place + len(run)) for place, run in runs])
+    struct.pack_into(f"{count}q", host.data, 0, *places)
+
+
 class Rows:
     """Token buffers, lengths and block tables of `max_rows` rows."""
 
@@ -67,72 +90,69 @@ class Rows:
         self._device = device
         self._max_blocks = -(-max_seq_len // block_tokens)
         # One slot more than max_seq_len: the last sampled token is written, though it never runs.
-        self.tokens = torch.zeros(max_rows, max_seq_len + 1, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self.block_table = torch.zeros(
-            num_groups, max_rows, self._max_blocks, dtype=torch.int32, device=device
-        )
-        self._flat_tokens, self._flat_table = self.tokens.view(-1), self.block_table.view(-1)
+        shapes = ((max_rows, 2), (max_rows, max_seq_len + 1), (num_groups, max_rows, self._max_blocks))
+        sizes = [math.prod(shape) for shape in shapes]
+        # All of it is one tensor, so that what a plan changes takes one copy and one scatter.
+        firsts = [0, *itertools.accumulate(-(-size // ALIGNED_INTS) * ALIGNED_INTS for size in sizes)]
+        self._numbers = torch.zeros(firsts[-1], dtype=torch.int32, device=device)
+        views = [
+            self._numbers[first : first + size].view(shape)
+            for first, size, shape in zip(firsts, sizes, shapes, strict=False)
+        ]
+        self.lengths = views[0].view(torch.int64).view(-1)
+        self.tokens, self.block_table = views[1:]
+        self._first_token, self._first_page = firsts[1:3]
         # Host mirror of how many blocks each row's table holds; it only says where the next ones go.
         self._num_blocks = np.zeros((num_groups, max_rows), dtype=np.int64)
         self._max_rows = max_rows
 
     def apply(self, plan: StepPlan) -> None:
         """Bring rows and tables up to the plan: added, then new blocks, then tokens."""
-        indices: list[int] = []
-        pages: list[int] = []
+        runs: list[Run] = []
         for init in plan.added:
+            self._place_tokens(init.row, 0, init.tokens, runs)
             for group, blocks in enumerate(init.blocks):
                 self._num_blocks[group, init.row] = 0
-                self._place(group, init.row, blocks, indices, pages)
+                self._place_blocks(group, init.row, blocks, runs)
         for group, growth in plan.new_blocks.items():
             for row, blocks in growth:
-                self._place(group, row, blocks, indices, pages)
-        self._write([(init.row, 0, init.tokens) for init in plan.added], indices, pages)
-        # Behind what was added: they may be of one row.
-        self._write(plan.tokens, [], [])
+                self._place_blocks(group, row, blocks, runs)
+        self._write(runs)
+        if plan.tokens:
+            # Behind what was added: they may be of one row.
+            runs = []
+            for row, start, ids in plan.tokens:
+                self._place_tokens(row, start, ids, runs)
+            self._write(runs)
 
-    def _write(
-        self, tokens: Sequence[tuple[int, int, Sequence[int]]], indices: Sequence[int], pages: Sequence[int]
-    ) -> None:
-        """Write tokens (row, start, ids), the lengths that follow, and entries of the tables: in one copy."""
-        if not tokens and not indices:
-            return
-        width, num_rows, num_pages = self.tokens.shape[1], len(tokens), len(pages)
-        num_ids = sum([len(ids) for _, _, ids in tokens])
-        # Places first, then what goes there, two to a place: nothing is converted on the device.
-        ends = np.cumsum([num_ids, num_rows, num_rows, num_pages, (num_ids + num_pages + 1) // 2]).tolist()
-        host = np.empty(ends[-1], dtype=np.int64)
-        narrow = host[ends[3] :].view(np.int32)
-        at = 0
-        for row, start, ids in tokens:
-            end = at + len(ids)
-            host[at:end] = np.arange(row * width + start, row * width + start + len(ids))
-            narrow[at:end] = ids
-            at = end
-        host[num_ids : ends[1]] = [row for row, _, _ in tokens]
-        host[ends[1] : ends[2]] = [start + len(ids) for _, start, ids in tokens]
-        host[ends[2] : ends[3]] = indices
-        narrow[num_ids : num_ids + num_pages] = pages
-        packed = torch.from_numpy(host)
-        if self._device.type == "cuda":
-            packed = packed.pin_memory().to(self._device, non_blocking=True)
-        values = packed[ends[3] :].view(torch.int32)
-        if tokens:
-            self._flat_tokens.index_copy_(0, packed[:num_ids], values[:num_ids])
-            self.lengths.index_copy_(0, packed[num_ids : ends[1]], packed[ends[1] : ends[2]])
-        if indices:
-            entries, numbers = packed[ends[2] : ends[3]], values[num_ids : num_ids + num_pages]
-            self._flat_table.index_copy_(0, entries, numbers)
+    def _place_tokens(self, row: int, start: int, ids: Sequence[int], runs: list[Run]) -> None:
+        """Note where tokens go, and the length that follows: 64 bits, of which the upper half is 0."""
+        runs.append((self._first_token + row * self.tokens.shape[1] + start, ids))
+        runs.append((2 * row, (start + len(ids), 0)))
 
-    def _place(
-        self, group: int, row: int, blocks: Sequence[int], indices: list[int], pages: list[int]
-    ) -> None:
+    def _place_blocks(self, group: int, row: int, blocks: Sequence[int], runs: list[Run]) -> None:
         first = int(self._num_blocks[group, row])
-        base = (group * self._max_rows + row) * self._max_blocks + first
-        indices += range(base, base + len(blocks))
-        pages += blocks
+        line = group * self._max_rows + row
+        runs.append((self._first_page + line * self._max_blocks + first, blocks))
         self._num_blocks[group, row] = first + len(blocks)
+
+    def _write(self, runs: Sequence[Run]) -> None:
+        """Write runs of numbers, no place twice: one copy to the device and one scatter there."""
+        numbers: list[int] = []
+        for _, run in runs:
+            numbers += run
+        if not numbers:
+            return
+        count = len(numbers)
+        # Places of 64 bits first, then the numbers, two to a place: nothing is converted on the device.
+        is_cuda = self._device.type == "cuda"
+        packed = torch.empty(count + (count + 1) // 2, dtype=torch.int64, pin_memory=is_cuda)
+        host = packed.numpy()
+        _put_places(host, runs, count)
+        struct.pack_into(f"{count}i", host.data, 8 * count, *numbers)
+        if is_cuda:
+            packed = packed.to(self._device, non_blocking=True)
+        self._numbers.index_copy_(0, packed[:count], packed[count:].view(torch.int32)[:count])
 
     def pages_of(self, row: int) -> list[list[int]]:
         """Return a row's block table per group. Blocks the device; for errors and tests."""

@@ -14,7 +14,7 @@ import heapq
 from collections import deque
 from typing import Any
 
-from slipstream.cache.kv_cache import Hit, KvCache
+from slipstream.cache.kv_cache import NO_HIT, Hit, KvCache
 from slipstream.cache.kv_events import Event
 from slipstream.core.errors import RequestError
 from slipstream.core.outputs import FinishReason, TokenEvent
@@ -339,7 +339,7 @@ class Scheduler:
     def _lookup(self, sequence: Sequence, step_id: int) -> Hit:
         """Find what the cache holds; a request for logits of its prompt must run all of it."""
         if sequence.wants_prompt_logits:
-            return Hit()
+            return NO_HIT
         return self.cache.lookup(sequence.table, sequence.tokens, step_id=step_id)
 
     def _fits_whole(self, sequence: Sequence, hit: Hit, budget: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from slipstream.cache.keys import tokens_of
 from slipstream.cache.kv_cache import KvCache
 
 
@@ -38,7 +39,7 @@ class Router:
 
 def index_of(cache: KvCache) -> dict[tuple[str, int], tuple[str, tuple[int, ...]]]:
     return {
-        (key.hex(), group): (node.parent.hex(), node.tokens)
+        (key.hex(), group): (node.parent.hex(), tuple(tokens_of(node.content)))
         for key, node in cache._index._nodes.items()
         for group, page in enumerate(node.pages)
         if page

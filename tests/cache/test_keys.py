@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from slipstream.cache.keys import block_key, extend_keys, root_key
+from slipstream.cache.keys import TOKEN_BYTES, block_key, chain_keys, content_of, root_key, tokens_of
 
 
 def test_roots_differ_by_salt_adapter_and_media() -> None:
@@ -45,20 +45,20 @@ def test_fields_cannot_run_together(left: dict[str, str], right: dict[str, str])
 
 def test_keys_depend_on_every_token_and_on_all_before() -> None:
     blocks = [(1, 2, 3), (1, 2, 4), (2, 1, 3), (1, 2), (1, 2, 3, 0), (1 << 8, 2, 3), (1 << 16, 2, 3)]
-    parents = [root_key(), root_key(salt="a"), block_key(root_key(), (1, 2, 3))]
-    found = {block_key(parent, tokens) for parent, tokens in itertools.product(parents, blocks)}
+    parents = [root_key(), root_key(salt="a"), block_key(root_key(), content_of((1, 2, 3)))]
+    found = {block_key(parent, content_of(tokens)) for parent, tokens in itertools.product(parents, blocks)}
     assert len(found) == len(parents) * len(blocks)
     assert all(len(key) == 32 for key in found)
 
 
-def test_extend_keys_adds_full_blocks_only_and_goes_on_where_it_stopped() -> None:
-    tokens = list(range(50))
-    at_once: list[bytes] = []
-    extend_keys(at_once, root_key(), tokens, 8)
-    assert len(at_once) == 6
-    grown: list[bytes] = []
-    for known in range(51):
-        extend_keys(grown, root_key(), tokens[:known], 8)
-        assert len(grown) == known // 8
-    assert grown == at_once
-    assert at_once[1] == block_key(block_key(root_key(), tokens[:8]), tokens[8:16])
+def test_a_chain_has_the_key_of_each_block_after_the_one_before() -> None:
+    tokens = [*range(44), 2**31 - 1, 0, 5, 1 << 20]
+    content = content_of(tokens)
+    assert tokens_of(content) == tokens
+    found = chain_keys(root_key(), content, 8 * TOKEN_BYTES)
+    parent, one_by_one = root_key(), []
+    for first in range(0, len(tokens), 8):
+        parent = block_key(parent, content_of(tokens[first : first + 8]))
+        one_by_one.append(parent)
+    assert found == one_by_one and len(set(found)) == 6
+    assert chain_keys(root_key(), b"", 8 * TOKEN_BYTES) == []

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from slipstream.cache import kv_cache
 from slipstream.cache.block_table import BlockTable
 from slipstream.cache.groups import resolve
-from slipstream.cache.keys import block_key, root_key
+from slipstream.cache.keys import block_key, chain_keys, content_of, root_key
 from slipstream.cache.kv_cache import KvCache
 from slipstream.core.cache_group import CacheGroup
 from slipstream.core.kv_retention import KvCacheRetentionConfig, TokenRangeRetentionConfig
@@ -76,7 +77,7 @@ def test_wanted_names_what_the_sequence_will_write() -> None:
     table = cache.new_table()
     hit = cache.lookup(table, TOKENS, step_id=1)
     assert len(hit.nodes) == 2
-    assert hit.wanted == (*table.keys[2:6], block_key(table.keys[5], TOKENS[48:]))
+    assert hit.wanted == (*table.keys[2:6], block_key(table.keys[5], content_of(TOKENS[48:])))
     assert cache.no_hit(table, TOKENS).wanted == (*table.keys[:2], *hit.wanted)
 
 
@@ -323,3 +324,25 @@ def test_salts_are_roots_of_their_own() -> None:
     cache = cache_of()
     assert cache.new_table().root == root_key()
     assert cache.new_table(salt="a").root == root_key(salt="a")
+
+
+def test_a_lookup_hashes_only_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cache_of()
+    run_prompt(cache, TOKENS[:40], step_id=0)
+    longer = [*TOKENS, *range(900, 914)]
+    expected = cache_of().new_table()
+    cache_of().lookup(expected, longer, step_id=1)
+    hashed: list[int] = []
+
+    def chain(parent: bytes, content: bytes, block_bytes: int) -> list[bytes]:
+        hashed.append(len(content) // block_bytes)
+        return chain_keys(parent, content, block_bytes)
+
+    monkeypatch.setattr(kv_cache, "chain_keys", chain)
+    table = cache.new_table()
+    assert len(cache.lookup(table, TOKENS, step_id=1).nodes) == 5
+    assert hashed == [1] and table.keys == expected.keys[:6]
+    # What is known of a table is not looked for again, and a longer text goes on from there.
+    cache.lookup(table, TOKENS, step_id=2)
+    cache.lookup(table, longer, step_id=3)
+    assert hashed == [1, 2] and table.keys == expected.keys

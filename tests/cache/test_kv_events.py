@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slipstream.cache.groups import resolve
-from slipstream.cache.keys import extend_keys, root_key
+from slipstream.cache.keys import TOKEN_BYTES, chain_keys, content_of, root_key
 from slipstream.cache.kv_cache import KvCache
 from slipstream.cache.kv_events import MAX_BLOCKS_PER_EVENT, KvEvents
 from slipstream.core.cache_group import CacheGroup
@@ -33,9 +33,8 @@ def run_prompt(cache: KvCache, tokens: list[int], *, step_id: int = 0) -> None:
 
 
 def keys_of(tokens: list[int]) -> list[str]:
-    keys: list[bytes] = []
-    extend_keys(keys, root_key(), tokens, SIZE)
-    return [key.hex() for key in keys]
+    whole = content_of(tokens[: len(tokens) // SIZE * SIZE])
+    return [key.hex() for key in chain_keys(root_key(), whole, SIZE * TOKEN_BYTES)]
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -72,7 +72,7 @@ def test_pool_does_what_a_naive_model_does(seed: int) -> None:
             num_evicted += len(evicted)
         elif kind == 1 and model.keyed:
             page = rng.choice(sorted(model.keyed))
-            pool.acquire(page)
+            pool.acquire([page])
             if model.references[page] == 0:
                 model.reusable.remove(page)
             model.references[page] += 1
@@ -134,7 +134,7 @@ def test_least_recently_used_content_goes_first() -> None:
         pool.set_keyed(page, True)
     for page in (pages[1], pages[0], pages[2]):
         pool.release([page], after_step=-1)
-    pool.acquire(pages[1])  # used again: now the most recent
+    pool.acquire([pages[1]])  # used again: now the most recent
     pool.release([pages[1]], after_step=-1)
     assert pool.allocate(3) == evicted == [pages[0], pages[2], pages[1]]
 

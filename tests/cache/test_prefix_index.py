@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from slipstream.cache.keys import block_key
+from slipstream.cache.keys import TOKEN_BYTES, block_key, chain_keys, content_of, tokens_of
 from slipstream.cache.pool import NULL_PAGE, PagePool
 from slipstream.cache.prefix_index import MAX_SCANNED_CHILDREN, PrefixIndex
 
@@ -40,7 +40,7 @@ def check_partial(index: PrefixIndex, model: dict[bytes, Entry], rng: random.Ran
     parent = rng.choice([ROOT, *model])
     wanted = tuple(rng.randrange(2) for _ in range(BLOCK))
     before = rng.randrange(step_id + 2)
-    node, length = index.longest_partial(parent, wanted, before_step=before)
+    node, length = index.longest_partial(parent, content_of(wanted), before_step=before)
     lengths = [
         common(entry.tokens, wanted)
         for entry in model.values()
@@ -49,7 +49,11 @@ def check_partial(index: PrefixIndex, model: dict[bytes, Entry], rng: random.Ran
     assert length == max(lengths, default=0)
     assert (node is None) == (length == 0)
     if node is not None:
-        assert common(node.tokens, wanted) == length and node.step_id < before and node.parent == parent
+        assert (
+            common(tuple(tokens_of(node.content)), wanted) == length
+            and node.step_id < before
+            and node.parent == parent
+        )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -75,10 +79,12 @@ def test_index_finds_what_a_naive_model_finds(seed: int) -> None:
             held += pages
             parent = rng.choice([ROOT, ROOT, *model])
             tokens = tuple(rng.randrange(2) for _ in range(BLOCK))
-            key = block_key(parent, tokens)
+            key = block_key(parent, content_of(tokens))
             if rng.random() < 0.2:
                 pages[rng.randrange(GROUPS)] = NULL_PAGE  # behind this group's window
-            index.insert(key=key, parent=parent, tokens=tokens, pages=pages, step_id=step_id, pool=pool)
+            index.insert(
+                key=key, parent=parent, content=content_of(tokens), pages=pages, step_id=step_id, pool=pool
+            )
             entry = model.setdefault(key, Entry(parent, tokens, [NULL_PAGE] * GROUPS, step_id))
             for group, page in enumerate(pages):
                 if page != NULL_PAGE and entry.pages[group] == NULL_PAGE:
@@ -112,7 +118,7 @@ def test_a_group_keeps_the_page_it_has() -> None:
     pages = pool.allocate(4)
     assert pages is not None
     index = PrefixIndex(GROUPS)
-    options = {"key": b"k", "parent": ROOT, "tokens": (1, 2), "pool": pool}
+    options = {"key": b"k", "parent": ROOT, "content": content_of((1, 2)), "pool": pool}
     index.insert(pages=[pages[0], NULL_PAGE], step_id=3, **options)
     node = index.insert(pages=pages[2:], step_id=5, **options)
     assert node.pages == [pages[0], pages[3]] and node.step_id == 5
@@ -126,9 +132,9 @@ def test_a_page_of_a_running_step_is_never_copied() -> None:
     pages = pool.allocate(1)
     assert pages is not None
     index = PrefixIndex(1)
-    index.insert(key=b"k", parent=ROOT, tokens=(1, 2, 3), pages=pages, step_id=7, pool=pool)
-    assert index.longest_partial(ROOT, (1, 2, 9), before_step=7) == (None, 0)
-    assert index.longest_partial(ROOT, (1, 2, 9), before_step=8) == (index.get(b"k"), 2)
+    index.insert(key=b"k", parent=ROOT, content=content_of((1, 2, 3)), pages=pages, step_id=7, pool=pool)
+    assert index.longest_partial(ROOT, content_of((1, 2, 9)), before_step=7) == (None, 0)
+    assert index.longest_partial(ROOT, content_of((1, 2, 9)), before_step=8) == (index.get(b"k"), 2)
 
 
 def test_a_scan_of_children_is_bounded() -> None:
@@ -137,8 +143,35 @@ def test_a_scan_of_children_is_bounded() -> None:
     for i in range(2 * MAX_SCANNED_CHILDREN):
         pages = pool.allocate(1)
         assert pages is not None
-        index.insert(key=bytes([i]), parent=ROOT, tokens=(i, 1), pages=pages, step_id=0, pool=pool)
+        index.insert(
+            key=bytes([i]), parent=ROOT, content=content_of((i, 1)), pages=pages, step_id=0, pool=pool
+        )
     last = 2 * MAX_SCANNED_CHILDREN - 1
     # The newest are looked at: what was asked a moment ago is found however much was asked before it.
-    assert index.longest_partial(ROOT, (last, 1), before_step=1)[1] == 2
-    assert index.longest_partial(ROOT, (0, 1), before_step=1) == (None, 0)
+    assert index.longest_partial(ROOT, content_of((last, 1)), before_step=1)[1] == 2
+    assert index.longest_partial(ROOT, content_of((0, 1)), before_step=1) == (None, 0)
+
+
+def test_content_that_is_there_leads_to_its_keys_without_a_hash() -> None:
+    rng = random.Random(5)
+    pool = PagePool(40, on_evict=lambda page: None)
+    index = PrefixIndex(1)
+    size = BLOCK * TOKEN_BYTES
+    content = content_of([rng.randrange(1000) for _ in range(8 * BLOCK)])
+    keys = chain_keys(ROOT, content, size)
+    pages: list[list[int]] = []
+    for block, key in enumerate(keys):
+        parent = keys[block - 1] if block else ROOT
+        pages.append(pool.allocate(1) or [])
+        part = content[block * size : (block + 1) * size]
+        index.insert(key=key, parent=parent, content=part, pages=pages[-1], step_id=0, pool=pool)
+    assert index.follow(ROOT, content, size) == keys
+    assert index.follow(keys[2], content[3 * size :], size) == keys[3:]
+    assert index.complete_chain(keys) == [index.get(key) for key in keys]
+    # The same tokens after something else are another block's.
+    assert index.follow(b"salted", content, size) == [] == index.follow(keys[0], content, size)
+    changed = content[: 5 * size] + content_of([1000]) + content[5 * size + TOKEN_BYTES :]
+    assert index.follow(ROOT, changed, size) == keys[:5]
+    index.withdraw(pages[4], pool)
+    assert index.follow(ROOT, content, size) == keys[:4]
+    assert len(index.complete_chain(keys)) == 4

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from hashlib import sha256
+from types import SimpleNamespace
 
 import pytest
 from fake_runner import EOS, Replica, full, hybrid
 from test_scheduler_properties import SETUPS, Traffic
 
-from slipstream.cache import keys, kv_cache
+from slipstream.cache import keys
 from slipstream.cache.kv_cache import KvCache
 from slipstream.core.errors import RequestError
 from slipstream.core.plan import StepPlan, decode_plan, encode
@@ -287,9 +289,16 @@ def test_content_survives_ten_times_the_pool_of_churn() -> None:
 
 def test_colliding_keys_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key of one byte: different blocks soon share one, and the fake runner sees the wrong history."""
-    block_key = keys.block_key
-    for module in (keys, kv_cache):
-        monkeypatch.setattr(module, "block_key", lambda parent, tokens: block_key(parent, tokens)[:1])
+
+    class Short:
+        def __init__(self, data: bytes) -> None:
+            self._whole = sha256(data)
+            self.update = self._whole.update
+
+        def digest(self) -> bytes:
+            return self._whole.digest()[:1]
+
+    monkeypatch.setattr(keys, "hashlib", SimpleNamespace(sha256=Short))
     replica = replica_of()
     rng = random.Random(3)
     for i in range(60):
@@ -321,7 +330,7 @@ def test_a_prefix_hit_needs_only_the_window_before_its_end() -> None:
     replica.submit("a", PREFIX, 1)
     finish(replica)
     index = replica.cache._index
-    node = index.get(keys.block_key(keys.block_key(keys.root_key(), PREFIX[:8]), PREFIX[8:16]))
+    node = index.get(keys.chain_keys(keys.root_key(), keys.content_of(PREFIX[:16]), 8 * keys.TOKEN_BYTES)[1])
     assert node is not None
     index.withdraw(node.pages[:2], replica.cache.pool)  # block 1, both local groups
     replica.submit("b", [*PREFIX, 5], 2)
