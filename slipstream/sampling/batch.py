@@ -67,10 +67,20 @@ class Allowed:
 
 def takes_the_greatest(sampling: RowSampling) -> bool:
     """Say whether a row takes the greatest logit and nothing else is wanted of it."""
+    return sampling.is_greedy and _is_bare(sampling)
+
+
+def takes_one_draw(sampling: RowSampling) -> bool:
+    """Say whether a row draws from its logits as they are, not from a list of k, and that is all."""
+    return not sampling.is_greedy and not sampling.top_k and _is_bare(sampling)
+
+
+def _is_bare(sampling: RowSampling) -> bool:
+    """Say whether a row's logits stay as they are, and a token is all that is wanted of them."""
     s = sampling
     lists = (s.logit_bias, s.allowed_ids, s.bad_ids, s.bad_sequences)
     has_edits = s.has_penalties or s.no_repeat_ngram_size > 0 or any(lists)
-    return s.is_greedy and not has_edits and s.logprobs < 0 and not s.num_candidates
+    return not has_edits and s.logprobs < 0 and not s.num_candidates
 
 
 class Batch:
@@ -146,6 +156,10 @@ class Batch:
         column = self._noise[:, self._column]
         self._column += 1
         return column
+
+    def forget_noise(self) -> None:
+        """Let go of noise for steps to come: a row drew somewhere else and is further than these say."""
+        self._noise, self._column = torch.empty(0, 0), 0
 
     def _make_noise_by_kernel(self) -> Tensor:
         from slipstream.kernels.gpu.noise import uniform

@@ -1,7 +1,8 @@
 """What does the device remember of each row between steps? Parameters, noise key, output length.
 
 Invariant: the device is the truth for lengths; the host writes a row once, at admission, and afterwards only
-`advance` changes it. Shapes: R sampled rows; the tables have one line per row of the engine.
+`advance`, or a step that draws inside (`step_draws.py`), changes it. Shapes: R sampled rows; the tables have
+one line per row of the engine.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def to_device(
 class RowTable:
     """float64 and int64 columns (named above) of every row, and the number of tokens each has generated.
 
-    Rows written are copied together, before anybody reads: greedy rows of captured steps never are.
+    The tables stay where they are. Rows written are copied together, before anybody reads: where all rows of
+    captured steps are greedy, none ever is.
     """
 
     def __init__(self, *, max_rows: int, device: torch.device) -> None:
@@ -42,17 +44,17 @@ class RowTable:
 
     @property
     def floats(self) -> Tensor:
-        self._flush()
+        self.flush()
         return self._floats
 
     @property
     def ints(self) -> Tensor:
-        self._flush()
+        self.flush()
         return self._ints
 
     @property
     def position(self) -> Tensor:
-        self._flush()
+        self.flush()
         return self._position
 
     def write(
@@ -72,7 +74,8 @@ class RowTable:
         ints = [*key_words(seed), sample_idx, s.top_k, s.min_tokens, slot]
         self._written[row] = [row, *floats, *ints, position]
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Copy what was written; a captured step reads the tables where they stand."""
         if not self._written:
             return
         packed = to_device(list(self._written.values()), torch.float64, self._device)
