@@ -3,7 +3,7 @@
 
 A captured step holds everything from the look-up of tokens, positions and pages to the logits, and for rows
 that take the greatest one the choice of the token and its place in the row too; steps with draws are captured
-apart, and hold those of rows that draw from their logits as they are. The host writes one line of
+apart, and hold those of rows that draw, have penalties or want logprobs. The host writes one line of
 numbers and replays; unused lines and tokens of a shape have the number -1 and touch nothing.
 Shapes are captured before the engine is ready or while nothing runs, those that were missed first; until
 then a larger one serves, or the step runs kernel by kernel. Only where sizes are not padded is a shape
@@ -40,6 +40,7 @@ from slipstream.kernels.decode_inputs import decode_inputs_op
 from slipstream.kernels.greedy_append import greedy_append_op
 from slipstream.kernels.query_tiles import TILES, tile_queries
 from slipstream.kernels.span_inputs import span_inputs_op
+from slipstream.sampling.step_draws import WIDTH as LOGPROBS_WIDTH
 from slipstream.sampling.step_draws import StepDraws
 
 # The pages of each group, and where a layer finds its own: (group, place in the page).
@@ -54,11 +55,13 @@ PADDED, PLAIN, WORTH = 1, 16, 32
 
 @dataclasses.dataclass(slots=True)
 class Captured:
-    """One captured step: logits [B, V], and what was drawn and judged [3, B] (see `StepOutput`)."""
+    """One captured step: logits [B, V], and what was drawn and judged [3, B], in a step with draws logprobs
+    [B, W] too (see `StepOutput`)."""
 
     graph: Any
     logits_BV: Tensor
     drawn_3B: Tensor
+    logprobs_BW: Tensor | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -66,12 +69,14 @@ class StepOutput:
     """What a replayed or native step left, until the next one: a line for each row, in a shape's order.
 
     `drawn` holds token ids and statuses of the lines that were chosen inside, and (of steps with prompts)
-    whether a line's hidden state is finite. `lines` are those of the plan's spans, in their order.
+    whether a line's hidden state is finite; `logprobs_BW` those of lines that want some, as
+    `StepDraws.run` leaves them. `lines` are those of the plan's spans, in their order.
     """
 
     logits_BV: Tensor
     drawn: Tensor
     lines: Sequence[int]
+    logprobs_BW: Tensor | None = None
 
 
 class Borrowed:
@@ -176,6 +181,7 @@ class StaticInputs:
     table_GBC: Tensor
     drawn: Tensor
     count: Tensor
+    logprobs_BW: Tensor
 
     @classmethod
     def create(cls, shapes: StepShapes, layout: Layout, rows: Rows) -> StaticInputs:
@@ -196,6 +202,7 @@ class StaticInputs:
             table_GBC=zeros(groups, lines, blocks, dtype=torch.int32),
             drawn=zeros(3 * lines),
             count=torch.arange(tokens + 1, device=rows.tokens.device),
+            logprobs_BW=zeros(lines if shapes.draws else 0, LOGPROBS_WIDTH, dtype=torch.float64),
         )
 
 
@@ -241,7 +248,8 @@ class StepGraphs:
     def shape_of(self, plan: StepPlan, *, draws: bool = False) -> StepShape | None:
         """Return the shape that serves a plan, or None where it has to run kernel by kernel.
 
-        With `draws` some of its rows could draw inside; in a shape that does not they draw outside.
+        With `draws` some of its rows need a step with draws to get their token inside, and get it outside
+        where there is none.
         """
         need = shape_needed(plan)
         if need is None:
@@ -293,6 +301,8 @@ class StepGraphs:
         self._failed.add(shape)
         made = self._capture.run(lambda: self._step(shape, model, kv))
         self._failed.discard(shape)
+        if shape.draws and self._inputs is not None:
+            made.logprobs_BW = self._inputs.logprobs_BW
         self._captured[shape] = made
         logger.debug("captured %s in %.3f s", shape, time.monotonic() - started)
         return made
@@ -325,7 +335,7 @@ class StepGraphs:
             lines = range(len(plan.sample))
         captured.graph.replay()
         self._capture.num_replays += 1
-        return StepOutput(captured.logits_BV, captured.drawn_3B, lines)
+        return StepOutput(captured.logits_BV, captured.drawn_3B, lines, captured.logprobs_BW)
 
     def _pack(self, shape: StepShape) -> Any:
         if shape.prompts:
@@ -359,10 +369,13 @@ class StepGraphs:
         hidden_BD = hidden_TD.index_select(0, batch.logits_idx) if shape.prompts else hidden_TD
         logits_BV = model.logits(hidden_BD)
         drawn_3B = inputs.drawn[: 3 * shape.lines].view(3, shape.lines)
-        greedy_append_op(logits_BV, views.plan_3B[2], rows.tokens, rows.lengths, drawn_3B[:2])
-        if views.draws_B is not None:
+        places = (rows.tokens, rows.lengths, drawn_3B[:2])
+        if views.inside_2B is None:
+            greedy_append_op(logits_BV, views.plan_3B[2], *places)
+        else:
             assert self._draws is not None
-            self._draws.run(logits_BV, views.draws_B, rows.tokens, rows.lengths, drawn_3B[:2])
+            logprobs_BW = inputs.logprobs_BW[: shape.lines]
+            self._draws.run(logits_BV, views.inside_2B, *places, logprobs_BW)
         if shape.prompts:
             # A piece of a prompt is not sampled, and what it wrote may be reused: it is judged here.
             drawn_3B[2] = hidden_BD.isfinite().all(dim=1)

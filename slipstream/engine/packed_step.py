@@ -32,31 +32,30 @@ NOWHERE = 2**30
 class Inside:
     """Which rows get their token inside a step, line by line or span by span: a row's number, or -1.
 
-    `leads` take their greatest token, `draws` draw one; `rows` are either's. Nothing changes it.
+    `leads` take their greatest token, `draws` draw one; `rows` are either's, and `num_top` says of those that
+    want logprobs of how many leading tokens. Nothing changes it.
     """
 
     leads: list[int]
     draws: list[int]
+    num_top: dict[int, int] = dataclasses.field(default_factory=dict[int, int])
     rows: list[int] = dataclasses.field(init=False)
-    num_draws: int = dataclasses.field(init=False)
+    count: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.rows = [max(pair) for pair in zip(self.leads, self.draws, strict=True)]
-        self.num_draws = len(self.draws) - self.draws.count(NOBODY)
+        self.count = len(self.rows) - self.rows.count(NOBODY)
 
     @classmethod
     def nobody(cls, count: int) -> Inside:
         return cls([NOBODY] * count, [NOBODY] * count)
-
-    def without_draws(self) -> Inside:
-        return Inside(self.leads, [NOBODY] * len(self.leads))
 
     def by_span(self, sample: Sequence[int], spans: Sequence[Span]) -> Inside:
         """Return what this, by sampled row, is by span."""
         place = {row: i for i, row in enumerate(sample)}
         places = [place.get(span.row, NOBODY) for span in spans]
         leads, draws = ([part[i] if i >= 0 else NOBODY for i in places] for part in (self.leads, self.draws))
-        return Inside(leads, draws)
+        return Inside(leads, draws, self.num_top)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +143,8 @@ class PackedViews:
     """The parts of a packed line on the device."""
 
     plan_3B: Tensor
-    draws_B: Tensor | None = None
+    # Who takes the greatest token and who draws, in a step with draws.
+    inside_2B: Tensor | None = None
     query_start: Tensor | None = None
     line_T: Tensor | None = None
     tiles_M2: Tensor | None = None
@@ -156,5 +156,6 @@ class PackedViews:
         parts = torch.split(packed[: sum(sizes)], sizes)
         plan_3B = packed[: 3 * shape.lines].view(3, shape.lines)
         if not shape.prompts:
-            return cls(plan_3B, parts[3] if shape.draws else None)
+            lines = shape.lines
+            return cls(plan_3B, packed[2 * lines : 4 * lines].view(2, lines) if shape.draws else None)
         return cls(plan_3B, None, parts[3], parts[4], parts[5].view(-1, 2))

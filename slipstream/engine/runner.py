@@ -315,22 +315,23 @@ class Runner:
         if steps is None:
             return False
         inside, without_draws = self._inside(plan.sample)
-        shape = steps.shape_of(plan, draws=inside.num_draws > 0)
+        shape = steps.shape_of(plan, draws=inside.count > without_draws.count)
         if self.graphs is not None:
             shape = self._capture_due(self.graphs) or shape
         if shape is None:
             return False
+        num_inside_draws = inside.count - without_draws.count
         if not shape.draws:
-            inside = without_draws
+            inside, num_inside_draws = without_draws, 0
         if not steps.is_per_row and NOBODY in inside.rows:
             inside = Inside.nobody(len(plan.sample))
         if len(plan.sample) != len(plan.spans) or shape.prompts:
             inside = inside.by_span(plan.sample, plan.spans)
         step = steps.launch(plan, shape, self.model, self._kv, inside=inside)
-        if inside.num_draws:
-            self._num_inside_draws += inside.num_draws
+        if num_inside_draws:
+            self._num_inside_draws += num_inside_draws
             self.sampler.note_draws_elsewhere()
-        self._take(handle, step, inside.rows)
+        self._take(handle, step, inside)
         return True
 
     def _capture_due(self, graphs: StepGraphs) -> StepShape | None:
@@ -345,20 +346,27 @@ class Runner:
             return None
         return shape
 
-    def _take(self, handle: StepHandle, step: StepOutput, inside: list[int]) -> None:
+    def _take(self, handle: StepHandle, step: StepOutput, inside: Inside) -> None:
         """Note what a step chose inside, and leave the logits of the other sampled rows to be drawn from."""
         plan, lines = handle.plan, step.lines
-        if NOBODY not in inside:
+        num_top = inside.num_top
+        logprobs = None
+        if num_top and step.logprobs_BW is not None:
+            # Steps that draw have no lines but those of rows, in the order of the plan.
+            logprobs = HostCopy(step.logprobs_BW[: len(lines)])
+        if NOBODY not in inside.rows:
             # Rows of the plan are in the order of its spans here, or it would hold quiet ones.
-            handle.drawn = Drawn(HostCopy(step.drawn), [span.row for span in plan.spans], list(lines), [])
+            rows = [span.row for span in plan.spans]
+            handle.drawn = Drawn(HostCopy(step.drawn), rows, list(lines), [], logprobs, num_top)
             return
         line_of = {span.row: line for span, line in zip(plan.spans, lines, strict=True)}
-        drawn = {row: line_of[row] for row in inside if row != NOBODY}
+        drawn = {row: line_of[row] for row in inside.rows if row != NOBODY}
         handle.open_rows = [row for row in plan.sample if row not in drawn]
         sampled = set(plan.sample)
         quiet = [(row, line) for row, line in line_of.items() if row not in sampled]
         if drawn or quiet:
-            handle.drawn = Drawn(HostCopy(step.drawn), list(drawn), list(drawn.values()), quiet)
+            rows, places = list(drawn), list(drawn.values())
+            handle.drawn = Drawn(HostCopy(step.drawn), rows, places, quiet, logprobs, num_top)
         if not handle.open_rows:
             return
         wanted = [line_of[row] for row in handle.open_rows]
@@ -368,18 +376,20 @@ class Runner:
             handle.logits_RV = step.logits_BV.index_select(0, to_device(wanted, torch.int64, self._device))
 
     def _inside(self, rows: list[int]) -> tuple[Inside, Inside]:
-        """Return which sampled rows need their greatest logit or one draw alone, then without the latter."""
+        """Return which sampled rows may get their token inside a step with draws, then in one without."""
         version = self.sampler.version
         last = self._last_inside
         if last is not None and last[0] == version and last[1] == rows:
             return last[2]
         edited = self.processors.among(rows) if len(self.processors) else {}
-        leads, draws = (
-            [row if is_plain(row) and row not in edited else NOBODY for row in rows]
-            for is_plain in (self.sampler.is_plain_greedy, self.sampler.is_plain_draw)
-        )
-        every = Inside(leads, draws)
-        inside = every, every.without_draws()
+        sampler, nobody = self.sampler, [NOBODY] * len(rows)
+        plain = [row if sampler.is_plain_greedy(row) and row not in edited else NOBODY for row in rows]
+        fitting = [row if sampler.fits_a_step(row) and row not in edited else NOBODY for row in rows]
+        leads = [row if row != NOBODY and sampler.is_greedy(row) else NOBODY for row in fitting]
+        draws = [row if row != lead else NOBODY for row, lead in zip(fitting, leads, strict=True)]
+        wanted = {row: sampler.num_top(row) for row in fitting if row != NOBODY}
+        num_top = {row: count for row, count in wanted.items() if count >= 0}
+        inside = Inside(leads, draws, num_top), Inside(plain, nobody)
         self._last_inside = (version, list(rows), inside)
         return inside
 

@@ -14,7 +14,7 @@ from slipstream.core.sampling_params import RowSampling
 from slipstream.sampling.philox import key_words
 
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
-KEY_LOW, KEY_HIGH, SAMPLE_IDX, TOP_K, MIN_TOKENS, SLOT = range(6)
+KEY_LOW, KEY_HIGH, SAMPLE_IDX, TOP_K, MIN_TOKENS, SLOT, NUM_TOP = range(7)
 NO_SLOT = -1
 
 
@@ -38,7 +38,7 @@ class RowTable:
     def __init__(self, *, max_rows: int, device: torch.device) -> None:
         self._device = device
         self._floats = torch.zeros(max_rows, 6, dtype=torch.float64, device=device)
-        self._ints = torch.zeros(max_rows, 6, dtype=torch.int64, device=device)
+        self._ints = torch.zeros(max_rows, 7, dtype=torch.int64, device=device)
         self._position = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._written: dict[int, list[float]] = {}
 
@@ -71,7 +71,7 @@ class RowTable:
             s.frequency_penalty,
         ]
         # Whole numbers below 2^53 are exact in float64.
-        ints = [*key_words(seed), sample_idx, s.top_k, s.min_tokens, slot]
+        ints = [*key_words(seed), sample_idx, s.top_k, s.min_tokens, slot, s.logprobs]
         self._written[row] = [row, *floats, *ints, position]
 
     def flush(self) -> None:
@@ -82,8 +82,8 @@ class RowTable:
         self._written = {}
         rows = packed[:, 0].to(torch.int64)
         self._floats.index_copy_(0, rows, packed[:, 1:7])
-        self._ints.index_copy_(0, rows, packed[:, 7:13].to(torch.int64))
-        self._position.index_copy_(0, rows, packed[:, 13].to(torch.int64))
+        self._ints.index_copy_(0, rows, packed[:, 7:14].to(torch.int64))
+        self._position.index_copy_(0, rows, packed[:, 14].to(torch.int64))
 
     def advance(self, rows_R: Tensor, ones_R: Tensor) -> None:
         """Count one more output token for distinct rows."""

@@ -123,6 +123,35 @@ def drawing(limits: Any, fields: list[dict[str, Any]], *, count: int) -> list[Re
     return made
 
 
+def spoken(engine: Engine, requests: list[Request]) -> tuple[dict[str, list[int]], dict[str, list[Any]]]:
+    """Return the tokens of requests, and what came with each: its rank, the leaders' ids, all logprobs."""
+    tokens: dict[str, list[int]] = {}
+    beside: dict[str, list[Any]] = {}
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        for event in engine.step():
+            assert event.error is None, event.error
+            tokens.setdefault(event.request_id, []).extend(event.new_token_ids)
+            beside.setdefault(event.request_id, []).extend(event.logprobs)
+    return tokens, beside
+
+
+def assert_same_words(
+    given: tuple[dict[str, list[int]], dict[str, list[Any]]],
+    expected: tuple[dict[str, list[int]], dict[str, list[Any]]],
+) -> None:
+    assert given[0] == expected[0] and given[1].keys() == expected[1].keys()
+    for name, entries in expected[1].items():
+        assert len(given[1][name]) == len(entries)
+        for one, other in zip(entries, given[1][name], strict=True):
+            assert (one.token_id, one.rank) == (other.token_id, other.rank)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+            # Products of other tiles, in float32.
+            found = [other.logprob, *(value for _, value in other.top)]
+            assert found == pytest.approx([one.logprob, *(value for _, value in one.top)], abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["padded", "exact"])
 def test_rows_draw_inside_what_they_would_outside(
     llama: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -131,17 +160,19 @@ def test_rows_draw_inside_what_they_would_outside(
     fields = DRAWN + OTHERS
     plain = assemble(EngineConfig(model=str(llama), **ON_CPU, **BOUNDS))
     with one_thread():
-        expected = run_requests(plain.engine, drawing(plain.limits, fields, count=18))
+        expected = spoken(plain.engine, drawing(plain.limits, fields, count=18))
         shapes = shapes_of(has_padding=kind == "padded", draws=True)
         engine, limits = engine_on_cpu(llama, monkeypatch, shapes, depth=2)
         if kind == "padded":
             engine.runner.capture_within(60.0)
             assert engine.runner.counters["num_graphs"] == len(shapes)
-        assert run_requests(engine, drawing(limits, fields, count=18)) == expected
-    assert len({tuple(tokens) for tokens in expected.values()}) == 18
+        assert_same_words(spoken(engine, drawing(limits, fields, count=18)), expected)
+    words = expected[0]
+    assert len({tuple(tokens) for tokens in words.values()}) == 18 and any(expected[1].values())
     counters = engine.runner.counters
-    num_drawn = sum(len(expected[f"r{i}", 0]) for i in range(18) if i % 9 < 4)
-    least = num_drawn // 2 if kind == "padded" else 4
+    # All but plain greedy ones and those with top-k.
+    num_drawn = sum(len(words[f"r{i}"]) for i in range(18) if i % 9 not in (4, 5))
+    least = num_drawn // 3 if kind == "padded" else 4
     assert least < counters["num_inside_draws"] < num_drawn - 8
     assert plain.engine.runner.counters["num_inside_draws"] == 0
 
@@ -477,20 +508,6 @@ def test_mixtures_are_replayed_and_right(folder: Path) -> None:
     assert counters["graph_bytes"] <= assembly.ledger.graph_bytes + 20 * 2**20
 
 
-def spoken(engine: Engine, requests: list[Request]) -> tuple[dict[str, list[int]], dict[str, list[Any]]]:
-    """Return the tokens of requests, and what came with each: its rank, the leaders' ids, all logprobs."""
-    tokens: dict[str, list[int]] = {}
-    beside: dict[str, list[Any]] = {}
-    for request in requests:
-        engine.submit(request)
-    while engine.has_work:
-        for event in engine.step():
-            assert event.error is None, event.error
-            tokens.setdefault(event.request_id, []).extend(event.new_token_ids)
-            beside.setdefault(event.request_id, []).extend(event.logprobs)
-    return tokens, beside
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("depth", [1, 2])
 def test_draws_inside_are_those_of_steps_without_graphs(llama: Path, depth: int) -> None:
@@ -502,17 +519,10 @@ def test_draws_inside_are_those_of_steps_without_graphs(llama: Path, depth: int)
     assembly = assemble(EngineConfig(model=str(llama), cuda_graph_config=graphs, **options))
     runner = assembly.engine.runner
     for fields in (DRAWN + OTHERS, DRAWN):
-        expected, beside = spoken(plain.engine, drawing(plain.limits, fields, count=36))
-        tokens, given = spoken(assembly.engine, drawing(assembly.limits, fields, count=36))
-        assert tokens == expected and given.keys() == beside.keys()
-        for name, entries in beside.items():
-            assert len(given[name]) == len(entries)
-            for one, other in zip(entries, given[name], strict=True):
-                assert (one.token_id, one.rank) == (other.token_id, other.rank)
-                assert [token for token, _ in one.top] == [token for token, _ in other.top]
-                # Products of other tiles, in float32.
-                found = [other.logprob, *(value for _, value in other.top)]
-                assert found == pytest.approx([one.logprob, *(value for _, value in one.top)], abs=1e-4)
+        expected = spoken(plain.engine, drawing(plain.limits, fields, count=36))
+        given = spoken(assembly.engine, drawing(assembly.limits, fields, count=36))
+        assert_same_words(given, expected)
+        assert any(expected[1].values()) or fields is DRAWN
     counters = runner.counters
     assert counters["num_inside_draws"] > 150 and plain.engine.runner.counters["num_inside_draws"] == 0
     assert counters["num_graph_steps"] == assembly.engine.scheduler.stats.num_plans

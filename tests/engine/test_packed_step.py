@@ -37,11 +37,11 @@ def test_one_token_rows() -> None:
 def test_rows_that_draw_have_a_line_of_their_own() -> None:
     shape = StepShape(4, draws=True)
     inside = Inside([5, -1, -1], [-1, 0, -1])
-    assert inside.rows == [5, 0, -1] and inside.num_draws == 1
-    assert inside.without_draws() == leading([5, -1, -1])
+    assert inside.rows == [5, 0, -1] and inside.count == 2
     seen = views(LAYOUT.pack_rows(shape, [5, 0, 3], inside), shape)
     assert seen.plan_3B.tolist() == [[5, 0, 3, -1], [NO_BOUND] * 4, [5, -1, -1, -1]]
-    assert seen.draws_B is not None and seen.draws_B.tolist() == [-1, 0, -1, -1]
+    assert seen.inside_2B is not None
+    assert seen.inside_2B.tolist() == [[5, -1, -1, -1], [-1, 0, -1, -1]]
     spans = [Span(3, 9, 1), Span(8, 2, 1), Span(5, 4, 1), Span(0, 0, 7)]
     by_span = inside.by_span([5, 0, 3], spans)
     assert (by_span.leads, by_span.draws) == ([-1, -1, 5, -1], [-1, -1, -1, 0])
