@@ -340,6 +340,7 @@ def _shapes(
             max_num_tokens=resolved.max_num_tokens,
             max_seq_len=resolved.max_seq_len,
             shares=shares,
+            draws=True,
         )
     if config.cuda_graph_config is not None:
         raise ConfigError(

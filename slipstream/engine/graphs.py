@@ -2,7 +2,8 @@
 """How does a step run without the host naming its kernels? Captured once per shape, then replayed.
 
 A captured step holds everything from the look-up of tokens, positions and pages to the logits, and for rows
-that take the greatest one the choice of the token and its place in the row too. The host writes one line of
+that take the greatest one the choice of the token and its place in the row too; steps with draws are captured
+apart, and hold those of rows that draw, have penalties or want logprobs. The host writes one line of
 numbers and replays; unused lines and tokens of a shape have the number -1 and touch nothing.
 Shapes are captured before the engine is ready or while nothing runs, those that were missed first; until
 then a larger one serves, or the step runs kernel by kernel. Only where sizes are not padded is a shape
@@ -31,7 +32,7 @@ from torch import Tensor
 from slipstream.attention.base import AttentionBackend, AttentionPlan
 from slipstream.core.batch import ForwardBatch
 from slipstream.core.plan import StepPlan
-from slipstream.engine.packed_step import Layout, PackedViews, lines_of
+from slipstream.engine.packed_step import Inside, Layout, PackedViews, lines_of
 from slipstream.engine.rows import Rows
 from slipstream.engine.shared_rows import SharedRows
 from slipstream.engine.step_shapes import StepShape, StepShapes, shape_needed
@@ -39,6 +40,8 @@ from slipstream.kernels.decode_inputs import decode_inputs_op
 from slipstream.kernels.greedy_append import greedy_append_op
 from slipstream.kernels.query_tiles import TILES, tile_queries
 from slipstream.kernels.span_inputs import span_inputs_op
+from slipstream.sampling.step_draws import WIDTH as LOGPROBS_WIDTH
+from slipstream.sampling.step_draws import StepDraws
 
 # The pages of each group, and where a layer finds its own: (group, place in the page).
 KvPlaces = tuple[list[Tensor], list[tuple[int, int]]]
@@ -52,11 +55,13 @@ PADDED, PLAIN, WORTH = 1, 16, 32
 
 @dataclasses.dataclass(slots=True)
 class Captured:
-    """One captured step: logits [B, V], and what was drawn and judged [3, B] (see `StepOutput`)."""
+    """One captured step: logits [B, V], and what was drawn and judged [3, B], in a step with draws logprobs
+    [B, W] too (see `StepOutput`)."""
 
     graph: Any
     logits_BV: Tensor
     drawn_3B: Tensor
+    logprobs_BW: Tensor | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -64,12 +69,14 @@ class StepOutput:
     """What a replayed or native step left, until the next one: a line for each row, in a shape's order.
 
     `drawn` holds token ids and statuses of the lines that were chosen inside, and (of steps with prompts)
-    whether a line's hidden state is finite. `lines` are those of the plan's spans, in their order.
+    whether a line's hidden state is finite; `logprobs_BW` those of lines that want some, as
+    `StepDraws.run` leaves them. `lines` are those of the plan's spans, in their order.
     """
 
     logits_BV: Tensor
     drawn: Tensor
     lines: Sequence[int]
+    logprobs_BW: Tensor | None = None
 
 
 class Borrowed:
@@ -174,6 +181,7 @@ class StaticInputs:
     table_GBC: Tensor
     drawn: Tensor
     count: Tensor
+    logprobs_BW: Tensor
 
     @classmethod
     def create(cls, shapes: StepShapes, layout: Layout, rows: Rows) -> StaticInputs:
@@ -194,6 +202,7 @@ class StaticInputs:
             table_GBC=zeros(groups, lines, blocks, dtype=torch.int32),
             drawn=zeros(3 * lines),
             count=torch.arange(tokens + 1, device=rows.tokens.device),
+            logprobs_BW=zeros(lines if shapes.draws else 0, LOGPROBS_WIDTH, dtype=torch.float64),
         )
 
 
@@ -213,9 +222,11 @@ class StepGraphs:
         max_seq_len: int,
         dtype: torch.dtype,
         shared: SharedRows | None = None,
+        draws: StepDraws | None = None,
     ) -> None:
+        assert draws is not None or not shapes.draws, "these shapes draw, and nothing here can"
         self._capture, self._rows, self._backend, self._shapes = capture, rows, backend, shapes
-        self._shared = shared
+        self._shared, self._draws = shared, draws
         self._max_seq_len = max_seq_len
         self._layout = Layout(tile_queries=tile_queries(dtype), tiles_rows=backend.capability.batch_invariant)
         self._inputs: StaticInputs | None = None
@@ -224,7 +235,7 @@ class StepGraphs:
         self._wanted: Counter[StepShape] = Counter()
         self._due: StepShape | None = None
         self._failed: set[StepShape] = set()
-        self._last_rows: tuple[StepShape, list[int], list[int]] | None = None
+        self._last_rows: tuple[StepShape, list[int], Inside] | None = None
         self.num_late_captures = 0
 
     def forget(self) -> None:
@@ -234,13 +245,18 @@ class StepGraphs:
         self._due = None
         self._inputs, self._last_rows = None, None
 
-    def shape_of(self, plan: StepPlan) -> StepShape | None:
-        """Return the shape that serves a plan, or None where it has to run kernel by kernel."""
+    def shape_of(self, plan: StepPlan, *, draws: bool = False) -> StepShape | None:
+        """Return the shape that serves a plan, or None where it has to run kernel by kernel.
+
+        With `draws` some of its rows need a step with draws to get their token inside, and get it outside
+        where there is none.
+        """
         need = shape_needed(plan)
         if need is None:
             return None
-        if self._shared is not None and not need.prompts and self._shared.of_step(plan.sample):
-            need = need._replace(shared=True)
+        if not need.prompts:
+            is_alike = self._shared is not None and self._shared.of_step(plan.sample)
+            need = need._replace(shared=is_alike, draws=draws)
         best = found = None
         for shape in self._shapes.serving(need):
             best = best or shape
@@ -276,6 +292,8 @@ class StepGraphs:
     def capture(self, shape: StepShape, model: Any, kv: KvPlaces) -> Captured:
         """Capture a step of nobody's rows; blocks. A shape that fails is not missed again before `forget`."""
         started = time.monotonic()
+        if shape.draws and self._draws is not None:
+            self._draws.prepare()
         self._write(shape, self._pack(shape))
         if self._shared is not None and shape.shared:
             # Nobody's rows share nothing.
@@ -283,6 +301,8 @@ class StepGraphs:
         self._failed.add(shape)
         made = self._capture.run(lambda: self._step(shape, model, kv))
         self._failed.discard(shape)
+        if shape.draws and self._inputs is not None:
+            made.logprobs_BW = self._inputs.logprobs_BW
         self._captured[shape] = made
         logger.debug("captured %s in %.3f s", shape, time.monotonic() - started)
         return made
@@ -293,11 +313,11 @@ class StepGraphs:
         return self.capture(shape, model, kv)
 
     def launch(
-        self, plan: StepPlan, shape: StepShape, model: Any, kv: KvPlaces, *, inside: Sequence[int]
+        self, plan: StepPlan, shape: StepShape, model: Any, kv: KvPlaces, *, inside: Inside
     ) -> StepOutput:
         """Replay the step for the plan's spans; the tensors returned hold until the next launch.
 
-        `inside` are the rows, by span, that get their token in the step, -1 elsewhere.
+        `inside` says, by span, which rows get their token in the step.
         """
         captured = self._captured.get(shape)
         if captured is None:
@@ -305,6 +325,8 @@ class StepGraphs:
         if self._shared is not None and shape.shared:
             self._shared.of_step(plan.sample)
             self._shared.count()
+        if shape.draws and self._draws is not None:
+            self._draws.prepare()
         if shape.prompts:
             self._write(shape, self._layout.pack_spans(shape, plan.spans, inside))
             lines: Sequence[int] = lines_of(shape, plan.spans)
@@ -313,19 +335,19 @@ class StepGraphs:
             lines = range(len(plan.sample))
         captured.graph.replay()
         self._capture.num_replays += 1
-        return StepOutput(captured.logits_BV, captured.drawn_3B, lines)
+        return StepOutput(captured.logits_BV, captured.drawn_3B, lines, captured.logprobs_BW)
 
     def _pack(self, shape: StepShape) -> Any:
         if shape.prompts:
-            return self._layout.pack_spans(shape, [], [])
-        return self._layout.pack_rows(shape, [], [])
+            return self._layout.pack_spans(shape, [], Inside.nobody(0))
+        return self._layout.pack_rows(shape, [], Inside.nobody(0))
 
-    def _write_rows(self, shape: StepShape, rows: list[int], inside: Sequence[int]) -> None:
+    def _write_rows(self, shape: StepShape, rows: list[int], inside: Inside) -> None:
         """Write a step of one-token rows, unless it is the last one's."""
         if self._last_rows is not None and self._last_rows == (shape, rows, inside):
             return
         self._write(shape, self._layout.pack_rows(shape, rows, inside))
-        self._last_rows = (shape, list(rows), list(inside))
+        self._last_rows = (shape, list(rows), inside)
 
     def _write(self, shape: StepShape, host: Any) -> None:
         if self._inputs is None:
@@ -347,7 +369,13 @@ class StepGraphs:
         hidden_BD = hidden_TD.index_select(0, batch.logits_idx) if shape.prompts else hidden_TD
         logits_BV = model.logits(hidden_BD)
         drawn_3B = inputs.drawn[: 3 * shape.lines].view(3, shape.lines)
-        greedy_append_op(logits_BV, views.plan_3B[2], rows.tokens, rows.lengths, drawn_3B[:2])
+        places = (rows.tokens, rows.lengths, drawn_3B[:2])
+        if views.inside_2B is None:
+            greedy_append_op(logits_BV, views.plan_3B[2], *places)
+        else:
+            assert self._draws is not None
+            logprobs_BW = inputs.logprobs_BW[: shape.lines]
+            self._draws.run(logits_BV, views.inside_2B, *places, logprobs_BW)
         if shape.prompts:
             # A piece of a prompt is not sampled, and what it wrote may be reused: it is judged here.
             drawn_3B[2] = hidden_BD.isfinite().all(dim=1)

@@ -9,7 +9,7 @@ gets them and the rest goes its usual way.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from slipstream.attention.cpu import round_up_seq_len
 from slipstream.core.plan import StepPlan
 from slipstream.engine.graphs import KvPlaces, StepOutput
 from slipstream.engine.host_rows import HostRows
-from slipstream.engine.packed_step import NOBODY
+from slipstream.engine.packed_step import NOBODY, Inside
 from slipstream.engine.step_shapes import StepShape, is_decode_step
 from slipstream.kernels.cpu.block_records import DecodeStep, RowTables
 from slipstream.kernels.cpu.library import library
@@ -47,18 +47,18 @@ class NativeSteps:
         """Let go of what is as large as the model's output; records are filled in anew at each step."""
         self._logits = torch.empty(0)
 
-    def shape_of(self, plan: StepPlan) -> StepShape | None:
-        """Return the plan's own shape, or None where the step has to go the general way."""
+    def shape_of(self, plan: StepPlan, *, draws: bool = False) -> StepShape | None:
+        """Return the plan's own shape, or None where the step has to go the general way; none draws."""
         if not is_decode_step(plan):
             return None
         decoder = getattr(self._model(), "native_decoder", None)
         return StepShape(len(plan.sample)) if decoder is not None else None
 
     def launch(
-        self, plan: StepPlan, shape: StepShape, model: Any, kv: KvPlaces, *, inside: Sequence[int]
+        self, plan: StepPlan, shape: StepShape, model: Any, kv: KvPlaces, *, inside: Inside
     ) -> StepOutput:
         """Run the step; where every row gets its token inside, tokens are chosen and appended too."""
-        size, is_greedy = shape.rows, NOBODY not in inside
+        size, is_greedy = shape.rows, NOBODY not in inside.leads
         decoder, records = model.native_decoder, self._backend.records
         kv_pages, layer_place = kv
         records.bind(kv_pages)

@@ -2,8 +2,9 @@
 """What does the host tell a captured step? One line of numbers, laid out the same on both sides.
 
 Of each line of the step: its row, the position of its first token (an upper bound where one token runs), and
-the row that gets a token inside, or -1 where that is chosen outside or not at all. Steps with prompts have
-more: where each line's tokens begin, which line each token belongs to, and where attention's tiles begin.
+the row that gets its greatest token inside, or -1 where a token is chosen otherwise or not at all. Steps with
+draws have the row that draws inside, or -1. Steps with prompts have more: where each line's tokens begin,
+which line each token belongs to, and where attention's tiles begin.
 Invariant: -1 is nobody: such a line, token or tile reads and writes nothing.
 B lines: R one-token rows, then P longer spans; T tokens of the spans, M tiles.
 """
@@ -29,6 +30,36 @@ NOBODY = -1
 NOWHERE = 2**30
 
 
+@dataclasses.dataclass(slots=True)
+class Inside:
+    """Which rows get their token inside a step, line by line or span by span: a row's number, or -1.
+
+    `leads` take their greatest token, `draws` draw one; `rows` are either's, and `num_top` says of those that
+    want logprobs of how many leading tokens. Nothing changes it.
+    """
+
+    leads: list[int]
+    draws: list[int]
+    num_top: dict[int, int] = dataclasses.field(default_factory=dict[int, int])
+    rows: list[int] = dataclasses.field(init=False)
+    count: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = [max(pair) for pair in zip(self.leads, self.draws, strict=True)]
+        self.count = len(self.rows) - self.rows.count(NOBODY)
+
+    @classmethod
+    def nobody(cls, count: int) -> Inside:
+        return cls([NOBODY] * count, [NOBODY] * count)
+
+    def by_span(self, sample: Sequence[int], spans: Sequence[Span]) -> Inside:
+        """Return what this, by sampled row, is by span."""
+        place = {row: i for i, row in enumerate(sample)}
+        places = [place.get(span.row, NOBODY) for span in spans]
+        leads, draws = ([part[i] if i >= 0 else NOBODY for i in places] for part in (self.leads, self.draws))
+        return Inside(leads, draws, self.num_top)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """Where things stand. A tile takes `tile_queries` queries; with `tiles_rows` one-token rows have one."""
@@ -44,21 +75,24 @@ class Layout:
 
     def sizes(self, shape: StepShape) -> list[int]:
         """Return the lengths of the parts, in their order."""
-        lines = [shape.lines] * 3
+        lines = [shape.lines] * (4 if shape.draws else 3)
         if not shape.prompts:
             return lines
         return [*lines, shape.lines + 1, shape.tokens, 2 * self.num_tiles(shape)]
 
-    def pack_rows(self, shape: StepShape, rows: Sequence[int], inside: Sequence[int]) -> np.ndarray:
+    def pack_rows(self, shape: StepShape, rows: Sequence[int], inside: Inside) -> np.ndarray:
         """Return the line of a step of one-token rows, of which those in `inside` get their token there."""
-        host = np.full((3, shape.lines), NOBODY, dtype=np.int64)
+        host = np.full((len(self.sizes(shape)), shape.lines), NOBODY, dtype=np.int64)
         host[0, : len(rows)] = rows
         host[1] = NO_BOUND
-        host[2, : len(inside)] = inside
+        host[2, : len(rows)] = inside.leads
+        if shape.draws:
+            host[3, : len(rows)] = inside.draws
         return host.reshape(-1)
 
-    def pack_spans(self, shape: StepShape, spans: Sequence[Span], inside: Sequence[int]) -> np.ndarray:
+    def pack_spans(self, shape: StepShape, spans: Sequence[Span], inside: Inside) -> np.ndarray:
         """Return the line of a step with prompts; `inside` is by span. Without spans it is nobody's step."""
+        assert not shape.draws, "a step with prompts has no place for draws"
         # Lists, not arrays: a prompt's few numbers are made when numpy's code has long left the caches.
         num_rows, num_ones = shape.rows, count_ones(spans)
 
@@ -70,7 +104,7 @@ class Layout:
 
         line = by_line([span.row for span in spans], NOBODY)
         line += by_line([span.start for span in spans], 0)
-        line += by_line(inside, NOBODY)
+        line += by_line(inside.leads, NOBODY)
         counts = [span.len for span in spans[num_ones:]]
         ends = list(itertools.accumulate(counts, initial=num_rows))
         line += range(num_rows)
@@ -108,6 +142,8 @@ class PackedViews:
     """The parts of a packed line on the device."""
 
     plan_3B: Tensor
+    # Who takes the greatest token and who draws, in a step with draws.
+    inside_2B: Tensor | None = None
     query_start: Tensor | None = None
     line_T: Tensor | None = None
     tiles_M2: Tensor | None = None
@@ -116,8 +152,9 @@ class PackedViews:
     def of(cls, packed: Tensor, shape: StepShape, layout: Layout) -> PackedViews:
         """Look at the beginning of `packed`; nothing is copied."""
         sizes = layout.sizes(shape)
-        lines, parts = sum(sizes[:3]), torch.split(packed[: sum(sizes)], sizes)
-        plan_3B = packed[:lines].view(3, shape.lines)
-        if len(parts) == 3:
-            return cls(plan_3B)
-        return cls(plan_3B, parts[3], parts[4], parts[5].view(-1, 2))
+        parts = torch.split(packed[: sum(sizes)], sizes)
+        plan_3B = packed[: 3 * shape.lines].view(3, shape.lines)
+        if not shape.prompts:
+            lines = shape.lines
+            return cls(plan_3B, packed[2 * lines : 4 * lines].view(2, lines) if shape.draws else None)
+        return cls(plan_3B, None, parts[3], parts[4], parts[5].view(-1, 2))

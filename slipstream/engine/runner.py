@@ -27,7 +27,7 @@ from slipstream.engine.faults import describe_fault
 from slipstream.engine.graphs import Captured, GraphCapture, KvPlaces, StepGraphs, StepOutput
 from slipstream.engine.host_rows import HostRows
 from slipstream.engine.native_steps import NativeSteps
-from slipstream.engine.packed_step import NOBODY
+from slipstream.engine.packed_step import NOBODY, Inside
 from slipstream.engine.rows import Rows, StepInputs
 from slipstream.engine.shared_rows import SharedRows, heads_of_kv_head, shares_beginnings
 from slipstream.engine.step_handle import Drawn, StepHandle, read_step
@@ -137,12 +137,19 @@ class Runner:
         self.graphs: StepGraphs | None = None
         if shapes is not None and len(shapes):
             places = (self._capture, self.rows, backend, shapes)
-            self.graphs = StepGraphs(*places, max_seq_len=max_seq_len, dtype=kv_dtype, shared=self._shared)
+            self.graphs = StepGraphs(
+                *places,
+                max_seq_len=max_seq_len,
+                dtype=kv_dtype,
+                shared=self._shared,
+                draws=self.sampler.step_draws() if shapes.draws else None,
+            )
         self._steps: StepGraphs | NativeSteps | None = self.graphs
         if isinstance(self.rows, HostRows) and backend.capability.native_blocks:
             self._steps = NativeSteps(self.rows, backend, lambda: self.model, max_seq_len=max_seq_len)
         # Which of these rows get their token inside, as of a version of the sampler.
-        self._last_inside: tuple[int, list[int], list[int]] | None = None
+        self._last_inside: tuple[int, list[int], tuple[Inside, Inside]] | None = None
+        self._num_inside_draws = 0
 
     @property
     def counters(self) -> dict[str, int]:
@@ -158,6 +165,8 @@ class Runner:
             # Of these captures those that requests waited for.
             "num_late_graphs": self.graphs.num_late_captures if self.graphs is not None else 0,
             "graph_bytes": self._capture.num_bytes,
+            # Tokens that captured steps chose inside otherwise than as the greatest.
+            "num_inside_draws": self._num_inside_draws,
             # Steps whose layers ran as native calls; 0 for models that know of none.
             "num_native_steps": getattr(self.model, "num_native_steps", 0),
         }
@@ -303,21 +312,26 @@ class Runner:
     def _replay(self, handle: StepHandle) -> bool:
         """Run the step by a captured graph or as one native call, where there is one for it."""
         plan, steps = handle.plan, self._steps
-        shape = steps.shape_of(plan) if steps is not None else None
+        if steps is None:
+            return False
+        inside, without_draws = self._inside(plan.sample)
+        shape = steps.shape_of(plan, draws=inside.count > without_draws.count)
         if self.graphs is not None:
             shape = self._capture_due(self.graphs) or shape
-        if steps is None or shape is None:
+        if shape is None:
             return False
-        inside = self._inside(plan.sample)
-        if not steps.is_per_row and NOBODY in inside:
-            inside = [NOBODY] * len(inside)
-        if len(plan.sample) == len(plan.spans) and not shape.prompts:
-            by_span = inside
-        else:
-            chosen = dict(zip(plan.sample, inside, strict=True))
-            by_span = [chosen.get(span.row, NOBODY) for span in plan.spans]
-        step = steps.launch(plan, shape, self.model, self._kv, inside=by_span)
-        self._take(handle, step, by_span)
+        num_inside_draws = inside.count - without_draws.count
+        if not shape.draws:
+            inside, num_inside_draws = without_draws, 0
+        if not steps.is_per_row and NOBODY in inside.rows:
+            inside = Inside.nobody(len(plan.sample))
+        if len(plan.sample) != len(plan.spans) or shape.prompts:
+            inside = inside.by_span(plan.sample, plan.spans)
+        step = steps.launch(plan, shape, self.model, self._kv, inside=inside)
+        if num_inside_draws:
+            self._num_inside_draws += num_inside_draws
+            self.sampler.note_draws_elsewhere()
+        self._take(handle, step, inside)
         return True
 
     def _capture_due(self, graphs: StepGraphs) -> StepShape | None:
@@ -332,20 +346,27 @@ class Runner:
             return None
         return shape
 
-    def _take(self, handle: StepHandle, step: StepOutput, inside: list[int]) -> None:
+    def _take(self, handle: StepHandle, step: StepOutput, inside: Inside) -> None:
         """Note what a step chose inside, and leave the logits of the other sampled rows to be drawn from."""
         plan, lines = handle.plan, step.lines
-        if NOBODY not in inside:
+        num_top = inside.num_top
+        logprobs = None
+        if num_top and step.logprobs_BW is not None:
+            # Steps that draw have no lines but those of rows, in the order of the plan.
+            logprobs = HostCopy(step.logprobs_BW[: len(lines)])
+        if NOBODY not in inside.rows:
             # Rows of the plan are in the order of its spans here, or it would hold quiet ones.
-            handle.drawn = Drawn(HostCopy(step.drawn), [span.row for span in plan.spans], list(lines), [])
+            rows = [span.row for span in plan.spans]
+            handle.drawn = Drawn(HostCopy(step.drawn), rows, list(lines), [], logprobs, num_top)
             return
         line_of = {span.row: line for span, line in zip(plan.spans, lines, strict=True)}
-        drawn = {row: line_of[row] for row in inside if row != NOBODY}
+        drawn = {row: line_of[row] for row in inside.rows if row != NOBODY}
         handle.open_rows = [row for row in plan.sample if row not in drawn]
         sampled = set(plan.sample)
         quiet = [(row, line) for row, line in line_of.items() if row not in sampled]
         if drawn or quiet:
-            handle.drawn = Drawn(HostCopy(step.drawn), list(drawn), list(drawn.values()), quiet)
+            rows, places = list(drawn), list(drawn.values())
+            handle.drawn = Drawn(HostCopy(step.drawn), rows, places, quiet, logprobs, num_top)
         if not handle.open_rows:
             return
         wanted = [line_of[row] for row in handle.open_rows]
@@ -354,15 +375,21 @@ class Runner:
         else:
             handle.logits_RV = step.logits_BV.index_select(0, to_device(wanted, torch.int64, self._device))
 
-    def _inside(self, rows: list[int]) -> list[int]:
-        """Return for each sampled row itself, or -1 where its token needs more than its greatest logit."""
+    def _inside(self, rows: list[int]) -> tuple[Inside, Inside]:
+        """Return which sampled rows may get their token inside a step with draws, then in one without."""
         version = self.sampler.version
         last = self._last_inside
         if last is not None and last[0] == version and last[1] == rows:
             return last[2]
         edited = self.processors.among(rows) if len(self.processors) else {}
-        is_plain = self.sampler.is_plain_greedy
-        inside = [row if is_plain(row) and row not in edited else NOBODY for row in rows]
+        sampler, nobody = self.sampler, [NOBODY] * len(rows)
+        plain = [row if sampler.is_plain_greedy(row) and row not in edited else NOBODY for row in rows]
+        fitting = [row if sampler.fits_a_step(row) and row not in edited else NOBODY for row in rows]
+        leads = [row if row != NOBODY and sampler.is_greedy(row) else NOBODY for row in fitting]
+        draws = [row if row != lead else NOBODY for row, lead in zip(fitting, leads, strict=True)]
+        wanted = {row: sampler.num_top(row) for row in fitting if row != NOBODY}
+        num_top = {row: count for row, count in wanted.items() if count >= 0}
+        inside = Inside(leads, draws, num_top), Inside(plain, nobody)
         self._last_inside = (version, list(rows), inside)
         return inside
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slipstream.core.plan import StepPlan, StepResult
 from slipstream.engine.wanted_logits import Wanted, read_all
-from slipstream.sampling.base import HostCopy, SampleOutput
+from slipstream.sampling.base import HostCopy, SampleOutput, unpack_wide_logprobs
 from slipstream.sampling.processors import ProcessedRow
 
 STATUS_MESSAGES = {
@@ -29,12 +29,15 @@ class Drawn:
     """What a captured step chose and judged, on its way to the host: ids, statuses, whether finite.
 
     `lines` are those of `rows`, which got their token inside; `quiet` are rows that were not sampled.
+    `logprobs` are those of rows in `num_top`, which says of how many leading tokens, line by line.
     """
 
     copy: HostCopy
     rows: list[int]
     lines: list[int]
     quiet: list[tuple[int, int]]
+    logprobs: HostCopy | None = None
+    num_top: dict[int, int] = dataclasses.field(default_factory=dict[int, int])
 
 
 @dataclasses.dataclass(slots=True)
@@ -89,7 +92,7 @@ def _read_sampled(handle: StepHandle, sampled: SampleOutput, result: StepResult)
         result.error_codes[row] = "processing_error"
     for row, processed in handle.processed.items():
         processed.tokens += result.tokens[row]
-    result.logprobs = {rows[idx]: [found] for idx, found in sampled.logprobs_by_row().items()}
+    result.logprobs |= {rows[idx]: [found] for idx, found in sampled.logprobs_by_row().items()}
     continuations = sampled.continuations_by_row()
     result.candidates = {rows[idx]: found for idx, found in continuations.items()}
 
@@ -111,6 +114,13 @@ def _read_drawn(drawn: Drawn, result: StepResult) -> None:
     parts = drawn.copy.numbers()
     ids, statuses = ([part[line] for line in drawn.lines] for part in parts[:2])
     _note_tokens(result, drawn.rows, ids, statuses)
+    if drawn.logprobs is not None:
+        line_of = dict(zip(drawn.rows, drawn.lines, strict=True))
+        places = [line_of[row] for row in drawn.num_top]
+        found = unpack_wide_logprobs(drawn.logprobs.array()[places], list(drawn.num_top.values()))
+        result.logprobs |= {
+            row: [one] for row, one in zip(drawn.num_top, found, strict=True) if one is not None
+        }
     for row, line in drawn.quiet:
         if not parts[2][line]:
             result.row_errors[row] = STATUS_MESSAGES[1]

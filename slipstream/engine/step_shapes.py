@@ -41,13 +41,15 @@ FREE_TOKENS = 256
 class StepShape(NamedTuple):
     """What a step holds: one-token rows, longer spans, and the tokens of these.
 
-    With `shared`, of a decode step, what rows begin with alike is read once for all of them.
+    With `shared`, of a decode step, what rows begin with alike is read once for all of them; with `draws`
+    rows may draw their tokens inside. Whatever a row asks for, steps without either can run it.
     """
 
     rows: int
     prompts: int = 0
     tokens: int = 0
     shared: bool = False
+    draws: bool = False
 
     @property
     def lines(self) -> int:
@@ -59,11 +61,12 @@ class StepShape(NamedTuple):
 
     def holds(self, other: StepShape) -> bool:
         fits = self.rows >= other.rows and self.prompts >= other.prompts and self.tokens >= other.tokens
-        return fits and self.shared >= other.shared
+        return fits and self.shared >= other.shared and self.draws >= other.draws
 
     def __str__(self) -> str:
         alike = " that begin alike" if self.shared else ""
-        decoding = f"decoding {self.rows} rows{alike}" if self.rows else ""
+        drawing = " with draws" if self.draws else ""
+        decoding = f"decoding {self.rows} rows{alike}{drawing}" if self.rows else ""
         prompts = f"{self.prompts} prompts of {self.tokens} tokens" if self.prompts else ""
         return " beside ".join(part for part in (decoding, prompts) if part)
 
@@ -96,7 +99,7 @@ def shape_needed(plan: StepPlan) -> StepShape | None:
 class StepShapes:
     """All shapes that an engine may capture: `sizes` of decode steps, `lone` prompts, `mixed` steps.
 
-    With `shares`, decode steps are captured both ways.
+    With `shares` and `draws`, decode steps are captured with and without each.
     """
 
     sizes: tuple[int, ...] = ()
@@ -104,6 +107,7 @@ class StepShapes:
     mixed: tuple[StepShape, ...] = ()
     has_padding: bool = True
     shares: bool = False
+    draws: bool = False
 
     @classmethod
     def create(
@@ -114,6 +118,7 @@ class StepShapes:
         max_num_tokens: int,
         max_seq_len: int,
         shares: bool = False,
+        draws: bool = False,
     ) -> StepShapes:
         """Return the shapes of an engine that captures decode steps of `sizes` (ascending), if any."""
         if not sizes:
@@ -132,16 +137,34 @@ class StepShapes:
         # In the order of what they cost, so that the first that fits is the cheapest.
         mixed.sort(key=lambda shape: (shape.num_tokens, shape.lines))
         return cls(
-            sizes=tuple(sizes), lone=tuple(lone), mixed=tuple(mixed), has_padding=has_padding, shares=shares
+            sizes=tuple(sizes),
+            lone=tuple(lone),
+            mixed=tuple(mixed),
+            has_padding=has_padding,
+            shares=shares,
+            draws=draws,
         )
 
     def __len__(self) -> int:
-        return len(self.sizes) + len(self.shared) + len(self.lone) + len(self.mixed)
+        special = sum(map(len, self._special_kinds()))
+        return len(self.sizes) + special + len(self.lone) + len(self.mixed)
 
     @property
     def shared(self) -> tuple[StepShape, ...]:
-        """Decode steps whose rows begin alike, ascending; one row alone has nobody to share with."""
-        return tuple(StepShape(size, shared=True) for size in self.sizes if size > 1 and self.shares)
+        """Decode steps whose rows begin alike, ascending."""
+        return self.decoding(shared=True)
+
+    def decoding(self, *, shared: bool = False, draws: bool = False) -> tuple[StepShape, ...]:
+        """Return the decode steps of one kind, ascending; one row alone has nobody to share with."""
+        if shared > self.shares or draws > self.draws:
+            return ()
+        sizes = [size for size in self.sizes if size > 1 or not shared]
+        return tuple(StepShape(size, shared=shared, draws=draws) for size in sizes)
+
+    def _special_kinds(self) -> list[tuple[StepShape, ...]]:
+        """Return the decode steps that do more than others, by kind."""
+        kinds = ((True, False), (False, True), (True, True))
+        return [self.decoding(shared=shared, draws=draws) for shared, draws in kinds]
 
     @property
     def token_steps(self) -> tuple[int, ...]:
@@ -151,10 +174,10 @@ class StepShapes:
     def serving(self, need: StepShape) -> Iterator[StepShape]:
         """Return the shapes that a step may run in, the cheapest first; what wastes too much is left out."""
         if not need.prompts:
-            # Much padding costs more than sharing spares.
-            for shape in self.shared if need.shared else ():
-                if need.rows <= shape.rows <= (2 * need.rows if self.has_padding else need.rows):
-                    yield shape
+            most = 2 * need.rows if self.has_padding else need.rows
+            # Much padding costs more than sharing and drawing inside spare.
+            for kind in self._kinds_for(need):
+                yield from (shape for shape in kind if need.rows <= shape.rows <= most)
             place = bisect.bisect_left(self.sizes, need.rows)
             for size in self.sizes[place:]:
                 if size == need.rows or self.has_padding:
@@ -169,15 +192,23 @@ class StepShapes:
             if shape.holds(need):
                 yield shape
 
+    def _kinds_for(self, need: StepShape) -> list[tuple[StepShape, ...]]:
+        """Return the kinds that do what a decode step needs, or the most of it, those first that do all."""
+        kinds: list[tuple[StepShape, ...]] = []
+        if need.draws:
+            kinds.append(self.decoding(shared=need.shared and self.shares, draws=True))
+        if need.shared:
+            kinds.append(self.decoding(shared=True))
+        return kinds
+
     def largest(self) -> list[StepShape]:
         """Return the largest of each kind: between them they take the memory of all."""
-        sizes = [StepShape(size) for size in self.sizes[-1:]]
-        kinds = (sizes, self.shared[-1:], self.mixed[-1:], self.lone[-1:])
-        return [shape for kind in kinds for shape in kind]
+        kinds = (self.decoding(), *self._special_kinds(), self.mixed, self.lone)
+        return [shape for kind in kinds for shape in kind[-1:]]
 
     def in_order(self) -> list[StepShape]:
         """Return all shapes in the order in which a start captures them: the largest, then a few of each
-        kind, then the rest of the decode steps, whose padding is met most often."""
+        kind, then the rest of the decode steps, whose padding is met most often; those with draws last."""
         powers = {bisect.bisect_left(self.sizes, 2**n) for n in range(13)}
         ladder = [StepShape(self.sizes[i]) for i in sorted(powers, reverse=True) if i < len(self.sizes)]
         lone = [shape for tokens in FIRST_LONE for shape in self.lone if shape.tokens == tokens]
@@ -186,6 +217,9 @@ class StepShapes:
         alike = [shape for shape in self.shared if StepShape(shape.rows) in ladder][::-1]
         order = [*self.largest(), *ladder, *lone, *mixed[::-1], *alike]
         order += [*rest[::-1], *self.shared[::-1], *self.lone[::-1], *self.mixed[::-1]]
+        for kind in (self.decoding(draws=True), self.decoding(shared=True, draws=True)):
+            first = [shape for shape in kind if StepShape(shape.rows) in ladder]
+            order += [*first[::-1], *kind[::-1]]
         return list(dict.fromkeys(order))
 
 

@@ -140,6 +140,13 @@ class SampleOutput:
         return {i: unpack_continuations(lines[place], table.count[i]) for i, place in table.place.items()}
 
 
+def unpack_wide_logprobs(lines: Any, num_top: Sequence[int]) -> list[TokenLogprobs | None]:
+    """Read packed rows that have more columns than any of them wants leading tokens."""
+    most, room = max(num_top, default=0), (lines.shape[1] - NUM_SCALARS) // 2
+    ends = (NUM_SCALARS + most, NUM_SCALARS + room, NUM_SCALARS + room + most)
+    return unpack_logprobs(np.concatenate((lines[:, : ends[0]], lines[:, ends[1] : ends[2]]), 1), num_top)
+
+
 def unpack_logprobs(lines: Any, num_top: Sequence[int]) -> list[TokenLogprobs | None]:
     """Read packed rows, a float64 array [L, 4 + 2K]; row i has its first `num_top[i]` leading tokens.
 

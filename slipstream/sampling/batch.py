@@ -25,6 +25,8 @@ from slipstream.sampling.state import RowTable, to_device
 
 GroupKind = Literal["full", "top_k", "top_p"]
 MAX_NOISE_COLUMNS = 64
+# Leading tokens that a row may want from inside a captured step.
+MAX_TOP = 20
 
 
 @dataclasses.dataclass(slots=True)
@@ -68,9 +70,20 @@ class Allowed:
 def takes_the_greatest(sampling: RowSampling) -> bool:
     """Say whether a row takes the greatest logit and nothing else is wanted of it."""
     s = sampling
+    return s.is_greedy and not s.has_penalties and s.logprobs < 0 and _has_no_lists(s)
+
+
+def fits_a_step(sampling: RowSampling) -> bool:
+    """Say whether `step_draws` serves a row: all but its numbers is known to every step that draws."""
+    s = sampling
+    return _has_no_lists(s) and (s.is_greedy or not s.top_k) and s.logprobs <= MAX_TOP
+
+
+def _has_no_lists(sampling: RowSampling) -> bool:
+    """Say whether a row has no rules of its own length, and is not of a search."""
+    s = sampling
     lists = (s.logit_bias, s.allowed_ids, s.bad_ids, s.bad_sequences)
-    has_edits = s.has_penalties or s.no_repeat_ngram_size > 0 or any(lists)
-    return s.is_greedy and not has_edits and s.logprobs < 0 and not s.num_candidates
+    return not (s.no_repeat_ngram_size or s.num_candidates or any(lists))
 
 
 class Batch:
@@ -146,6 +159,10 @@ class Batch:
         column = self._noise[:, self._column]
         self._column += 1
         return column
+
+    def forget_noise(self) -> None:
+        """Let go of noise for steps to come: a row drew somewhere else and is further than these say."""
+        self._noise, self._column = torch.empty(0, 0), 0
 
     def _make_noise_by_kernel(self) -> Tensor:
         from slipstream.kernels.gpu.noise import uniform

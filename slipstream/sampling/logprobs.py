@@ -43,6 +43,13 @@ def pack_logprobs(
         if num_top and leaders is None:
             leaders = Leaders.of(raw_LV, num_top)
         return _pack_by_kernel(raw_LV, token_ids_L, status_L, leaders)
+    return pack_logprobs_by_tensors(raw_LV, token_ids_L, status_L, num_top=num_top)
+
+
+def pack_logprobs_by_tensors(
+    raw_LV: Tensor, token_ids_L: Tensor, status_L: Tensor, *, num_top: int
+) -> Tensor:
+    """Return what `pack_logprobs` does: the definition."""
     parts: list[Tensor] = []
     for rows in slices(raw_LV):
         found = Leaders.of(raw_LV[rows], num_top) if num_top else None

@@ -44,6 +44,11 @@ class PenaltyTables:
         # A slot claimed with n tokens at step s holds at most n + (now - s): the host keeps n - s.
         self._steps = 0
         self._offsets: dict[int, int] = {}
+        # Where the tables stand, for kernels of captured steps: addresses of counts, seen tokens, lengths and
+        # room to save logits in, then the width W.
+        self.places = torch.zeros(5, dtype=torch.int64, device=device)
+        self._last_places: list[int] = []
+        self._saved_SW = torch.empty(0, FIRST_WIDTH, device=device)
         # Slots not written yet: the tokens they have seen, each once, and the outputs to count.
         self._claimed: dict[int, tuple[list[int], list[int]]] = {}
 
@@ -90,6 +95,25 @@ class PenaltyTables:
         self._counts_SV.index_fill_(0, slots, 0)
         ones = torch.ones_like(outputs, dtype=torch.int32)
         self._counts_SV.view(-1).index_add_(0, outputs, ones)
+
+    def prepare_step(self) -> None:
+        """Make room for one more token in every slot, before a captured step that may count some is replayed.
+
+        The tables may move; a replay finds them by `places`.
+        """
+        if not self._offsets:
+            return
+        self._steps += 1
+        self._flush()
+        if not self._has_kernels:
+            return
+        if self._saved_SW.shape != self._seen_SW.shape:
+            self._saved_SW = torch.empty(self._seen_SW.shape, device=self._device)
+        tables = (self._counts_SV, self._seen_SW, self._length_S, self._saved_SW)
+        places = [*(table.data_ptr() for table in tables), self._seen_SW.shape[1]]
+        if places != self._last_places:
+            self.places.copy_(to_device(places, torch.int64, self._device))
+            self._last_places = places
 
     def count(self, token_ids_R: Tensor, index_P: Tensor, slots_P: Tensor) -> None:
         """Add one output token, that of row `index_P`, to each of distinct slots."""

@@ -29,7 +29,7 @@ from slipstream.sampling.base import (
     PackedLogprobs,
     SampleOutput,
 )
-from slipstream.sampling.batch import Batch, Group, takes_the_greatest
+from slipstream.sampling.batch import Batch, Group, fits_a_step, takes_the_greatest
 from slipstream.sampling.candidates import greatest, has_kernels, runs_kernels
 from slipstream.sampling.continuations import pack_continuations
 from slipstream.sampling.filters import (
@@ -44,6 +44,7 @@ from slipstream.sampling.logprobs import Leaders, pack_logprobs
 from slipstream.sampling.penalties import PenaltyTables, put_back
 from slipstream.sampling.philox import Philox
 from slipstream.sampling.state import NO_SLOT, RowTable
+from slipstream.sampling.step_draws import StepDraws
 
 Undo = Callable[[], None]
 
@@ -88,6 +89,7 @@ class Sampler:
         # Calls of `sample` until a row has certainly passed its min_tokens.
         self._pending: dict[int, int] = {}
         self._takes_greatest: dict[int, bool] = {}
+        self._fits_a_step: dict[int, bool] = {}
         self._version = 0
         self._batch: Batch | None = None
 
@@ -108,6 +110,7 @@ class Sampler:
         self._table.write(row, sampling, seed=seed, sample_idx=sample_idx, position=num_outputs, slot=slot)
         self._params[row] = sampling
         self._takes_greatest[row] = takes_the_greatest(sampling)
+        self._fits_a_step[row] = fits_a_step(sampling)
         self._version += 1
 
     def remove(self, row: int) -> None:
@@ -218,10 +221,32 @@ class Sampler:
         """Say whether a row takes the largest logit and nothing else, so that others may do it for us."""
         return row not in self._pending and self._takes_greatest[row]
 
+    def fits_a_step(self, row: int) -> bool:
+        """Say whether `step_draws` may choose a row's token for us, with all that goes with it."""
+        return row not in self._pending and self._fits_a_step[row]
+
+    def is_greedy(self, row: int) -> bool:
+        """Say whether a row takes the largest of its logits, once they are changed as it asks."""
+        return self._params[row].is_greedy
+
+    def num_top(self, row: int) -> int:
+        """Return how many leading tokens a row wants logprobs of beside its own; -1 for none at all."""
+        return self._params[row].logprobs
+
     @property
     def version(self) -> int:
-        """Return a number that stays the same while no row's answer of `is_plain_greedy` can have changed."""
+        """Return a number that stays the same while no row's answer of `is_plain_greedy` or `fits_a_step`
+        can have changed."""
         return self._version
+
+    def step_draws(self) -> StepDraws:
+        """Return what draws for rows of this sampler inside a captured step."""
+        return StepDraws(self._table, self._tables, vocab_size=self._vocab_size, device=self._device)
+
+    def note_draws_elsewhere(self) -> None:
+        """Take note that `step_draws` drew for some rows: their positions are further than we last saw."""
+        if self._batch is not None:
+            self._batch.forget_noise()
 
     def _batch_of(self, rows: list[int]) -> Batch:
         if self._batch is None or self._batch.rows != rows:

@@ -25,11 +25,17 @@ class Replay:
 
     def __init__(self, step: Callable[[], tuple[Tensor, Tensor]], captured: Captured) -> None:
         self.step, self.captured = step, captured
+        self.logprobs_BW: Tensor | None = None
 
     def replay(self) -> None:
         self.captured.logits_BV, drawn_3B = self.step()
         # Where a GPU's copy to the host is on its way, the host itself would look at the next step's.
         self.captured.drawn_3B = drawn_3B.clone()
+        if self.captured.logprobs_BW is not None:
+            # The first is where every step leaves its own.
+            if self.logprobs_BW is None:
+                self.logprobs_BW = self.captured.logprobs_BW
+            self.captured.logprobs_BW = self.logprobs_BW.clone()
 
 
 class FakeCapture(GraphCapture):

@@ -50,8 +50,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tiny_llama(), tmp_path_factory.mktemp("llama"))
 
 
-def shapes_of(*, has_padding: bool = True, sizes: tuple[int, ...] = SIZES_ON_CPU) -> StepShapes:
-    return StepShapes.create(sizes, has_padding=has_padding, max_num_tokens=64, max_seq_len=128)
+def shapes_of(*, has_padding: bool = True, draws: bool = False) -> StepShapes:
+    return StepShapes.create(
+        SIZES_ON_CPU, has_padding=has_padding, max_num_tokens=64, max_seq_len=128, draws=draws
+    )
 
 
 def engine_on_cpu(
@@ -92,6 +94,128 @@ def test_captured_steps_give_the_tokens_of_plain_ones(
     else:
         assert counters["num_graph_steps"] == stats.num_plans and counters["num_late_graphs"] == 0
         assert counters["num_graphs"] == len(shapes)
+
+
+# What is drawn inside, and beside it what is not.
+DRAWN: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 1.3, "min_p": 0.05},
+    {"temperature": 0.9, "top_p": 0.95, "min_p": 0.1},
+]
+OTHERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 0.7, "min_tokens": 4, "stop_token_ids": list(range(0, 300, 3))},
+    {"temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.3, "logprobs": 3},
+    {"logprobs": 2},
+]
+
+
+def drawing(limits: Any, fields: list[dict[str, Any]], *, count: int) -> list[Request]:
+    """Requests of all these kinds in turns, of many lengths, so that rows come and go."""
+    made: list[Request] = []
+    for i in range(count):
+        extra = fields[i % len(fields)]
+        params = SamplingParams(max_tokens=8 + 5 * i % 17, ignore_eos=True, seed=50 + i, **extra)
+        ids = prompt_ids(3 + 11 * i % 70, seed=i)
+        made.append(Request.create(ids, params, limits, request_id=f"r{i}"))
+    return made
+
+
+def spoken(engine: Engine, requests: list[Request]) -> tuple[dict[str, list[int]], dict[str, list[Any]]]:
+    """Return the tokens of requests, and what came with each: its rank, the leaders' ids, all logprobs."""
+    tokens: dict[str, list[int]] = {}
+    beside: dict[str, list[Any]] = {}
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        for event in engine.step():
+            assert event.error is None, event.error
+            tokens.setdefault(event.request_id, []).extend(event.new_token_ids)
+            beside.setdefault(event.request_id, []).extend(event.logprobs)
+    return tokens, beside
+
+
+def assert_same_words(
+    given: tuple[dict[str, list[int]], dict[str, list[Any]]],
+    expected: tuple[dict[str, list[int]], dict[str, list[Any]]],
+) -> None:
+    assert given[0] == expected[0] and given[1].keys() == expected[1].keys()
+    for name, entries in expected[1].items():
+        assert len(given[1][name]) == len(entries)
+        for one, other in zip(entries, given[1][name], strict=True):
+            assert (one.token_id, one.rank) == (other.token_id, other.rank)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+            # Products of other tiles, in float32.
+            found = [other.logprob, *(value for _, value in other.top)]
+            assert found == pytest.approx([one.logprob, *(value for _, value in one.top)], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["padded", "exact"])
+def test_rows_draw_inside_what_they_would_outside(
+    llama: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows draw inside and outside in turns, for beside prompts all of them draw outside."""
+    fields = DRAWN + OTHERS
+    plain = assemble(EngineConfig(model=str(llama), **ON_CPU, **BOUNDS))
+    with one_thread():
+        expected = spoken(plain.engine, drawing(plain.limits, fields, count=18))
+        shapes = shapes_of(has_padding=kind == "padded", draws=True)
+        engine, limits = engine_on_cpu(llama, monkeypatch, shapes, depth=2)
+        if kind == "padded":
+            engine.runner.capture_within(60.0)
+            assert engine.runner.counters["num_graphs"] == len(shapes)
+        assert_same_words(spoken(engine, drawing(limits, fields, count=18)), expected)
+    words = expected[0]
+    assert len({tuple(tokens) for tokens in words.values()}) == 18 and any(expected[1].values())
+    counters = engine.runner.counters
+    # All but plain greedy ones and those with top-k.
+    num_drawn = sum(len(words[f"r{i}"]) for i in range(18) if i % 9 not in (4, 5))
+    least = num_drawn // 3 if kind == "padded" else 4
+    assert least < counters["num_inside_draws"] < num_drawn - 8
+    assert plain.engine.runner.counters["num_inside_draws"] == 0
+
+
+def test_without_a_step_that_draws_rows_draw_outside(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for draws in (False, True):
+        engine, limits = engine_on_cpu(llama, monkeypatch, shapes_of(draws=True))
+        for shape in shapes_of(draws=draws).in_order():
+            engine.runner.capture(shape)
+        made.append(run_requests(engine, drawing(limits, DRAWN, count=4)))
+        counters = engine.runner.counters
+        assert counters["num_graph_steps"] == engine.scheduler.stats.num_plans
+        assert (counters["num_inside_draws"] > 0) == draws
+    assert made[0] == made[1]
+
+
+def test_a_row_that_cannot_be_drawn_from_fails_alone(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, limits = engine_on_cpu(llama, monkeypatch, shapes_of(draws=True))
+    engine.runner.capture_within(60.0)
+    requests = drawing(limits, DRAWN, count=4)
+    expected = run_requests(engine, requests)
+    logits_of, spoiled = engine.runner.model.logits, 7
+
+    def spoil(hidden_BD: torch.Tensor) -> torch.Tensor:
+        logits_BV = logits_of(hidden_BD)
+        if len(logits_BV) == 4 and spoiled == 0:
+            logits_BV[1, 9] = torch.nan
+        return logits_BV
+
+    monkeypatch.setattr(engine.runner.model, "logits", spoil)
+    tokens: dict[str, list[int]] = {}
+    errors: dict[str, str] = {}
+    for request in drawing(limits, DRAWN, count=4):
+        engine.submit(request)
+    while engine.has_work:
+        for event in engine.step():
+            tokens.setdefault(event.request_id, []).extend(event.new_token_ids)
+            if event.error is not None:
+                errors[event.request_id] = str(event.error)
+        spoiled = max(0, spoiled - 1)
+    assert len(errors) == 1 and "not finite" in next(iter(errors.values()))
+    assert all(tokens[name] == expected[name, 0] for name in tokens if name not in errors)
 
 
 def test_callables_and_searches_go_outside_one_by_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,6 +509,27 @@ def test_mixtures_are_replayed_and_right(folder: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("depth", [1, 2])
+def test_draws_inside_are_those_of_steps_without_graphs(llama: Path, depth: int) -> None:
+    """The same requests, greedy and not, that come and go; then those that draw inside alone."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": "float32", "kv_cache_config": NO_REUSE, **BOUNDS}
+    options["disable_overlap_scheduler"] = depth == 1
+    plain = assemble(EngineConfig(model=str(llama), enforce_eager=True, **options))
+    graphs = CudaGraphConfig(capture_budget_s=100.0)
+    assembly = assemble(EngineConfig(model=str(llama), cuda_graph_config=graphs, **options))
+    runner = assembly.engine.runner
+    for fields in (DRAWN + OTHERS, DRAWN):
+        expected = spoken(plain.engine, drawing(plain.limits, fields, count=36))
+        given = spoken(assembly.engine, drawing(assembly.limits, fields, count=36))
+        assert_same_words(given, expected)
+        assert any(expected[1].values()) or fields is DRAWN
+    counters = runner.counters
+    assert counters["num_inside_draws"] > 150 and plain.engine.runner.counters["num_inside_draws"] == 0
+    assert counters["num_graph_steps"] == assembly.engine.scheduler.stats.num_plans
+    assert counters["num_late_graphs"] == 0
+
+
+@pytest.mark.gpu
 def test_prompts_alone_are_replayed_and_right(folder: Path) -> None:
     """One request at a time: prompts whole, continued after a prefix hit, and in chunks before the last."""
     params = [SamplingParams(max_tokens=3, ignore_eos=True)] * len(PROMPTS)
@@ -462,7 +607,8 @@ def test_nothing_waits_between_replays(folder: Path) -> None:
     made: dict[str, list[int]] = {}
     for name in ("warm", "timed"):
         for i in range(5):
-            params = SamplingParams(max_tokens=24, ignore_eos=True)
+            extra = DRAWN[i] if i < len(DRAWN) else {}
+            params = SamplingParams(max_tokens=24, ignore_eos=True, seed=i, **extra)
             ids = prompt_ids(30 + i, seed=i)
             scheduler.submit(Request.create(ids, params, assembly.limits, request_id=f"{name}{i}"))
         handles: list[Any] = []
@@ -479,5 +625,6 @@ def test_nothing_waits_between_replays(folder: Path) -> None:
             for event in scheduler.commit(runner.collect(handles.pop(0))):
                 made.setdefault(event.request_id, []).extend(event.new_token_ids)
         assert runner.counters["num_graph_steps"] - before >= 23
+        assert runner.counters["num_inside_draws"] > 0 or name == "warm"
     assert all(made[f"warm{i}"] == made[f"timed{i}"] and len(made[f"warm{i}"]) == 24 for i in range(5))
     assert scheduler.stats.max_outstanding == 2

@@ -38,7 +38,7 @@ def test_greedy_steps_choose_as_the_general_way_does(file: Path, monkeypatch: py
         native = [out.outputs[0].token_ids for out in llm.generate(PROMPTS, greedy(), raise_on_error=True)]
         stats = llm.get_stats()
         assert stats["num_native_steps"] == stats["num_plans"]
-    monkeypatch.setattr(NativeSteps, "shape_of", lambda self, plan: None)
+    monkeypatch.setattr(NativeSteps, "shape_of", lambda self, plan, **asked: None)
     with LLM(file, skip_tokenizer_init=True) as llm:
         general = [out.outputs[0].token_ids for out in llm.generate(PROMPTS, greedy(), raise_on_error=True)]
     assert native == general
@@ -50,7 +50,7 @@ def test_logits_have_the_same_bits(file: Path, monkeypatch: pytest.MonkeyPatch) 
     for is_native in (True, False):
         found: list[torch.Tensor] = []
         if not is_native:
-            monkeypatch.setattr(NativeSteps, "shape_of", lambda self, plan: None)
+            monkeypatch.setattr(NativeSteps, "shape_of", lambda self, plan, **asked: None)
 
         def keep(_: list[int], logits: torch.Tensor, into: list[torch.Tensor] = found) -> torch.Tensor:
             into.append(logits.clone())

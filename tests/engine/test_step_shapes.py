@@ -91,6 +91,36 @@ def test_rows_that_begin_alike_have_steps_of_their_own() -> None:
     assert order[:2] == shapes.largest()[:2] == [StepShape(16), StepShape(16, shared=True)]
 
 
+def test_rows_that_draw_have_steps_of_their_own() -> None:
+    create = functools.partial(StepShapes.create, max_num_tokens=64, max_seq_len=64, draws=True)
+    shapes, drawing = create((1, 2, 4, 16), has_padding=True), StepShape(3, draws=True)
+    expected = [StepShape(4, draws=True), StepShape(4), StepShape(16)]
+    assert list(shapes.serving(drawing)) == expected and list(shapes.serving(StepShape(3))) == expected[1:]
+    assert expected[0].holds(drawing) and not expected[1].holds(drawing)
+    assert expected[0].holds(StepShape(3)) and not shapes.shared
+    assert list(create((1, 3, 4), has_padding=False).serving(drawing)) == [drawing, StepShape(3)]
+    plain = StepShapes.create((4,), has_padding=True, max_num_tokens=64, max_seq_len=64)
+    assert list(plain.serving(drawing)) == [StepShape(4)]
+    # Without a step that does both, the common beginning is what is kept.
+    both = create((1, 2, 4, 16), has_padding=True, shares=True)
+    assert list(both.serving(StepShape(3, shared=True, draws=True))) == [
+        StepShape(4, shared=True, draws=True),
+        StepShape(4, shared=True),
+        StepShape(4),
+        StepShape(16),
+    ]
+    order = both.in_order()
+    assert len(order) == len(set(order)) == len(both) == len(both.sizes) * 4 - 2 + len(both.lone + both.mixed)
+    largest = both.largest()
+    assert [shape for shape in largest if shape.draws] == [
+        StepShape(16, draws=True),
+        StepShape(16, shared=True, draws=True),
+    ]
+    # Behind the largest they come last.
+    rest = [shape.draws for shape in order[len(largest) :]]
+    assert rest == sorted(rest) and sum(rest) == 5
+
+
 def test_engines_too_small_for_prompts_capture_none() -> None:
     one = StepShapes.create((1,), has_padding=True, max_num_tokens=1, max_seq_len=64)
     assert one.in_order() == [StepShape(1)] and one.token_steps == ()
@@ -113,4 +143,5 @@ def test_the_largest_come_first_and_every_shape_once() -> None:
 def test_shapes_say_what_they_are() -> None:
     assert str(StepShape(4)) == "decoding 4 rows"
     assert str(StepShape(4, shared=True)) == "decoding 4 rows that begin alike"
+    assert str(StepShape(4, draws=True)) == "decoding 4 rows with draws"
     assert str(StepShape(8, 1, 64)) == "decoding 8 rows beside 1 prompts of 64 tokens"

@@ -14,7 +14,7 @@ def test_a_row_is_written_whole_and_alone():
     sampling = RowSampling(temperature=0.7, top_p=0.9, min_p=0.1, top_k=5, min_tokens=4, presence_penalty=2.0)
     table.write(1, sampling, seed=2**64 - 2, sample_idx=6, position=3, slot=2)
     assert table.floats[1].tolist() == [0.7, 0.9, 0.1, 1.0, 2.0, 0.0]
-    assert table.ints[1].tolist() == [2**32 - 2, 2**32 - 1, 6, 5, 4, 2]
+    assert table.ints[1].tolist() == [2**32 - 2, 2**32 - 1, 6, 5, 4, 2, -1]
     assert table.position.tolist() == [0, 3, 0]
     assert not table.floats[[0, 2]].any() and not table.ints[[0, 2]].any()
 

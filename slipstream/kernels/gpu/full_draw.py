@@ -21,18 +21,12 @@ LINES, WIDTH = 4, 1024
 WARPS = 8
 
 
-@triton.jit(
-    do_not_specialize=["uniform_stride", "num_blocks", "has_min"],
-    do_not_specialize_on_alignment=["temperature_ptr", "min_mass_ptr", "uniform_ptr"],
-)
-def _draw_full(
-    x_ptr, temperature_ptr, min_mass_ptr, uniform_ptr, sums_ptr, out_ptr, status_ptr, row_stride,
-    uniform_stride, has_min, vocab, num_blocks, scale, BLOCKS: tl.constexpr,
+@triton.jit
+def full_token(
+    x_ptr, vocab, temperature, min_mass, uniform, sums_ptr, num_blocks, scale, BLOCKS: tl.constexpr,
     LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * row_stride
-    sums_ptr += row * num_blocks
+    """Return the token that a row draws, int64, and its status, int32; `sums_ptr` has room for all blocks."""
     v = tl.arange(0, LINES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     most = tl.full((WIDTH,), float("-inf"), tl.float32)
     for at in range(0, vocab, LINES * WIDTH):
@@ -40,11 +34,8 @@ def _draw_full(
         most = tl.maximum(most, tl.max(tl.where(x != x, float("inf"), x), 0))
     largest = tl.max(most, 0)
     status = status_of(largest)
-    tl.store(status_ptr + row, status.to(tl.int8))
     token = tl.full((), 0, tl.int64)
     if status == OK:
-        temperature = tl.load(temperature_ptr + row)
-        min_mass = tl.load(min_mass_ptr + row, mask=has_min != 0, other=0)
         for at in range(0, vocab, LINES * WIDTH):
             x = tl.load(x_ptr + at + v, mask=at + v < vocab, other=float("-inf"))
             mass = integer_mass(x, largest, temperature, scale)
@@ -55,7 +46,7 @@ def _draw_full(
         b = tl.arange(0, BLOCKS)
         sums = tl.load(sums_ptr + b, mask=b < num_blocks, other=0)
         ends, total = tl.cumsum(sums, 0), tl.sum(sums, 0)
-        target = (tl.load(uniform_ptr + row * uniform_stride) * total.to(tl.float64)).to(tl.int64)
+        target = (uniform * total.to(tl.float64)).to(tl.int64)
         target = tl.minimum(target, total - 1)
         is_before = ends <= target
         block = tl.sum(is_before.to(tl.int32), 0)
@@ -66,7 +57,27 @@ def _draw_full(
         mass = tl.where(mass >= min_mass, mass, 0)
         place = tl.sum((tl.cumsum(mass, 0) <= target).to(tl.int32), 0)
         token = (block * (LINES * WIDTH) + place).to(tl.int64)
+    return token, status
+
+
+@triton.jit(
+    do_not_specialize=["uniform_stride", "num_blocks", "has_min"],
+    do_not_specialize_on_alignment=["temperature_ptr", "min_mass_ptr", "uniform_ptr"],
+)
+def _draw_full(
+    x_ptr, temperature_ptr, min_mass_ptr, uniform_ptr, sums_ptr, out_ptr, status_ptr, row_stride,
+    uniform_stride, has_min, vocab, num_blocks, scale, BLOCKS: tl.constexpr,
+    LINES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    temperature, uniform = tl.load(temperature_ptr + row), tl.load(uniform_ptr + row * uniform_stride)
+    min_mass = tl.load(min_mass_ptr + row, mask=has_min != 0, other=0)
+    token, status = full_token(
+        x_ptr + row * row_stride, vocab, temperature, min_mass, uniform, sums_ptr + row * num_blocks,
+        num_blocks, scale, BLOCKS, LINES, WIDTH,
+    )  # fmt: skip
     tl.store(out_ptr + row, token)
+    tl.store(status_ptr + row, status.to(tl.int8))
 
 
 def draw_full(

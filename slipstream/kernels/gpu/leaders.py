@@ -24,16 +24,24 @@ MAX_LEADERS = 128
 
 
 @triton.jit
+def store_block_maxima(x_ptr, maxima_ptr, part, vocab, num_blocks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the maxima of one part's blocks of a row."""
+    b = part * BLOCKS + tl.arange(0, BLOCKS)
+    v = b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + v, mask=v < vocab, other=float("-inf"))
+    x = tl.where(x != x, float("inf"), x)
+    key = tl.max(ordered_key(x), 1)
+    tl.store(maxima_ptr + b, value_of_key(key), mask=b < num_blocks)
+
+
+@triton.jit
 def _block_maxima(
     x_ptr, maxima_ptr, row_stride, vocab, num_blocks, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b = part * BLOCKS + tl.arange(0, BLOCKS)
-    v = b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    x = tl.load(x_ptr + row * row_stride + v, mask=v < vocab, other=float("-inf"))
-    x = tl.where(x != x, float("inf"), x)
-    key = tl.max(ordered_key(x), 1)
-    tl.store(maxima_ptr + row * num_blocks + b, value_of_key(key), mask=b < num_blocks)
+    store_block_maxima(
+        x_ptr + row * row_stride, maxima_ptr + row * num_blocks, part, vocab, num_blocks, BLOCKS, BLOCK
+    )
 
 
 @triton.jit
@@ -48,33 +56,45 @@ def _place_of(key):
 
 
 @triton.jit
-def _lead(
-    x_ptr, maxima_ptr, values_ptr, ids_ptr, row_stride, vocab, num_blocks, K: tl.constexpr,
+def store_leaders(
+    x_ptr, maxima_ptr, values_ptr, ids_ptr, vocab, num_blocks, count, K: tl.constexpr,
     BLOCKS_CEIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """Write the `count` leaders of a row, at most K and at most its tokens, in order."""
     b = tl.arange(0, BLOCKS_CEIL)
-    maxima = tl.load(maxima_ptr + row * num_blocks + b, mask=b < num_blocks, other=float("-inf"))
+    maxima = tl.load(maxima_ptr + b, mask=b < num_blocks, other=float("-inf"))
     keys = _place_key(maxima, b)
     k = tl.arange(0, K)
     blocks = tl.full((K,), num_blocks, tl.int32)
-    for number in range(K):
+    for number in range(count):
         best = tl.max(keys, 0)
         blocks = tl.where(k == number, _place_of(best).to(tl.int32), blocks)
         keys = tl.where(keys == best, -0x8000000000000000, keys)
     v = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     is_token = v < vocab
-    x = tl.load(x_ptr + row * row_stride + v, mask=is_token, other=float("-inf"))
+    x = tl.load(x_ptr + v, mask=is_token, other=float("-inf"))
     x = tl.where(x != x, float("inf"), x)
     # Behind every real token: a row may have nothing but minus infinity.
     tokens = tl.where(is_token, _place_key(x, v), -0x7FFFFFFFFFFFFFFF)
-    for number in range(K):
+    for number in range(count):
         best = tl.max(tl.max(tokens, 1), 0)
         place = _place_of(best)
         value = value_of_key(((best + place) >> 32).to(tl.int32))
-        tl.store(values_ptr + row * K + number, value)
-        tl.store(ids_ptr + row * K + number, place)
+        tl.store(values_ptr + number, value)
+        tl.store(ids_ptr + number, place)
         tokens = tl.where(tokens == best, -0x8000000000000000, tokens)
+
+
+@triton.jit
+def _lead(
+    x_ptr, maxima_ptr, values_ptr, ids_ptr, row_stride, vocab, num_blocks, K: tl.constexpr,
+    BLOCKS_CEIL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    store_leaders(
+        x_ptr + row * row_stride, maxima_ptr + row * num_blocks, values_ptr + row * K, ids_ptr + row * K,
+        vocab, num_blocks, K, K, BLOCKS_CEIL, BLOCK,
+    )  # fmt: skip
 
 
 def leaders(x_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,25 @@ def _high_and_low(word, MULTIPLIER: tl.constexpr):
     return (product >> 32) & mask, product & mask
 
 
+@triton.jit
+def uniform_of(key0, key1, sample_idx, position, ROUNDS: tl.constexpr):
+    """Return float64 in [0, 1) of int64 numbers or blocks of them."""
+    mask = tl.full((), 0xFFFFFFFF, tl.int64)
+    word0, word1 = position & mask, sample_idx
+    word2 = word0 ^ word0
+    word3 = word2
+    for _ in range(ROUNDS):
+        high0, low0 = _high_and_low(word0, 0xD2511F53)
+        high1, low1 = _high_and_low(word2, 0xCD9E8D57)
+        word0, word1 = high1 ^ word1 ^ key0, low1
+        word2, word3 = high0 ^ word3 ^ key1, low0
+        key0 = (key0 + tl.full((), 0x9E3779B9, tl.int64)) & mask
+        key1 = (key1 + tl.full((), 0xBB67AE85, tl.int64)) & mask
+    bits = (word0 >> 5) * 67108864 + (word1 >> 6)
+    # 2 to the power of -53, which float32 holds exactly.
+    return bits.to(tl.float64) * 1.1102230246251565e-16
+
+
 @triton.jit(
     do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=["rows_ptr", "position_ptr"],
@@ -36,21 +55,10 @@ def _uniform(
     is_row = n < num_rows
     row = tl.load(rows_ptr + n, mask=is_row, other=0)
     ints = ints_ptr + row * ints_stride
-    mask = tl.full((), 0xFFFFFFFF, tl.int64)
     key0, key1 = tl.load(ints + KEY, mask=is_row, other=0), tl.load(ints + KEY + 1, mask=is_row, other=0)
-    word0 = tl.load(position_ptr + row, mask=is_row, other=0) & mask
-    word1 = tl.load(ints + SAMPLE_IDX, mask=is_row, other=0)
-    word2, word3 = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
-    for _ in range(ROUNDS):
-        high0, low0 = _high_and_low(word0, 0xD2511F53)
-        high1, low1 = _high_and_low(word2, 0xCD9E8D57)
-        word0, word1 = high1 ^ word1 ^ key0, low1
-        word2, word3 = high0 ^ word3 ^ key1, low0
-        key0 = (key0 + tl.full((), 0x9E3779B9, tl.int64)) & mask
-        key1 = (key1 + tl.full((), 0xBB67AE85, tl.int64)) & mask
-    bits = (word0 >> 5) * 67108864 + (word1 >> 6)
-    # 2 to the power of -53, which float32 holds exactly.
-    tl.store(out_ptr + n, bits.to(tl.float64) * 1.1102230246251565e-16, mask=is_row)
+    position = tl.load(position_ptr + row, mask=is_row, other=0)
+    sample_idx = tl.load(ints + SAMPLE_IDX, mask=is_row, other=0)
+    tl.store(out_ptr + n, uniform_of(key0, key1, sample_idx, position, ROUNDS), mask=is_row)
 
 
 def uniform(rows_N: Tensor, ints: Tensor, position: Tensor, *, key_column: int, sample_column: int) -> Tensor:

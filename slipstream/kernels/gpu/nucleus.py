@@ -362,35 +362,24 @@ def _list_likely(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["top_p_stride", "uniform_stride", "has_min"],
-    do_not_specialize_on_alignment=["temperature_ptr", "top_p_ptr", "min_mass_ptr", "uniform_ptr"],
-)
-def _draw_nucleus(
-    x_ptr, temperature_ptr, top_p_ptr, min_mass_ptr, uniform_ptr, listed_ptr, ids_ptr, out_ptr, status_ptr,
-    row_stride, top_p_stride, uniform_stride, has_min, vocab, scale, slack_share,
+@triton.jit
+def nucleus_token(
+    x_ptr, vocab, temperature, top_p, min_mass, uniform, listed_ptr, ids_ptr, scale, slack_share,
     BITS: tl.constexpr, CAPACITY: tl.constexpr, MAX_ESTIMATES: tl.constexpr,
     LINES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * row_stride
-    listed_ptr += row * CAPACITY
-    ids_ptr += row * CAPACITY
-    temperature = tl.load(temperature_ptr + row)
-    top_p, uniform = tl.load(top_p_ptr + row * top_p_stride), tl.load(uniform_ptr + row * uniform_stride)
+    """Return the token that a row draws, int64, and its status, int32; both lists hold `CAPACITY` tokens."""
     largest, low_x, high_x, drawn_low_x, drawn_high_x = _estimate(
         x_ptr, vocab, temperature, top_p.to(tl.float32), uniform.to(tl.float32), slack_share,
         CAPACITY, MAX_ESTIMATES, LINES, WIDTH,
     )  # fmt: skip
     status = status_of(largest)
-    tl.store(status_ptr + row, status.to(tl.int8))
     token = tl.full((), 0, tl.int64)
     if status == OK:
         # Below this nothing has a mass.
         bottom, top = ordered_key(largest - temperature * BITS), ordered_key(largest)
         low, high = ordered_key(low_x), ordered_key(high_x)
         drawn_low, drawn_high = ordered_key(drawn_low_x), ordered_key(drawn_high_x)
-        min_mass = tl.load(min_mass_ptr + row, mask=has_min != 0, other=0)
         total, above, drawn_above, larger, num_listed = _list_likely(
             x_ptr, vocab, largest, temperature, scale, low, high, drawn_low, drawn_high, min_mass, listed_ptr,
             ids_ptr, CAPACITY, LINES, WIDTH,
@@ -428,7 +417,29 @@ def _draw_nucleus(
         token = place.to(tl.int64)
         if is_drawn_listed:
             token = tl.load(ids_ptr + place).to(tl.int64)
+    return token, status
+
+
+@triton.jit(
+    do_not_specialize=["top_p_stride", "uniform_stride", "has_min"],
+    do_not_specialize_on_alignment=["temperature_ptr", "top_p_ptr", "min_mass_ptr", "uniform_ptr"],
+)
+def _draw_nucleus(
+    x_ptr, temperature_ptr, top_p_ptr, min_mass_ptr, uniform_ptr, listed_ptr, ids_ptr, out_ptr, status_ptr,
+    row_stride, top_p_stride, uniform_stride, has_min, vocab, scale, slack_share,
+    BITS: tl.constexpr, CAPACITY: tl.constexpr, MAX_ESTIMATES: tl.constexpr,
+    LINES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    top_p, uniform = tl.load(top_p_ptr + row * top_p_stride), tl.load(uniform_ptr + row * uniform_stride)
+    min_mass = tl.load(min_mass_ptr + row, mask=has_min != 0, other=0)
+    token, status = nucleus_token(
+        x_ptr + row * row_stride, vocab, tl.load(temperature_ptr + row), top_p, min_mass, uniform,
+        listed_ptr + row * CAPACITY, ids_ptr + row * CAPACITY, scale, slack_share,
+        BITS, CAPACITY, MAX_ESTIMATES, LINES, WIDTH, BLOCK,
+    )  # fmt: skip
     tl.store(out_ptr + row, token)
+    tl.store(status_ptr + row, status.to(tl.int8))
 
 
 @triton.jit

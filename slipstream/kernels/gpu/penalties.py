@@ -16,6 +16,37 @@ from torch import Tensor
 BLOCK = 512
 
 
+@triton.jit
+def penalise_row(
+    x_ptr, seen_ptr, length, counts_ptr, saved_ptr, repetition, presence, frequency, BLOCK: tl.constexpr
+):
+    """Change the logits of the tokens that a row has seen, and save what was there."""
+    w = tl.arange(0, BLOCK)
+    for at in range(0, length, BLOCK):
+        token = tl.load(seen_ptr + at + w, mask=at + w < length, other=0)
+        x = tl.load(x_ptr + token, mask=at + w < length, other=0.0)
+        tl.store(saved_ptr + at + w, x, mask=at + w < length)
+    tl.debug_barrier()
+    for at in range(0, length, BLOCK):
+        token = tl.load(seen_ptr + at + w, mask=at + w < length, other=0)
+        x = tl.load(saved_ptr + at + w, mask=at + w < length, other=0.0)
+        count = tl.load(counts_ptr + token, mask=at + w < length, other=0)
+        x = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
+        x -= count.to(tl.float32) * frequency
+        x -= tl.where(count > 0, presence, 0.0)
+        tl.store(x_ptr + token, x, mask=at + w < length)
+
+
+@triton.jit
+def restore_row(x_ptr, seen_ptr, length, saved_ptr, BLOCK: tl.constexpr):
+    """Bring back what `penalise_row` saved."""
+    w = tl.arange(0, BLOCK)
+    for at in range(0, length, BLOCK):
+        token = tl.load(seen_ptr + at + w, mask=at + w < length, other=0)
+        x = tl.load(saved_ptr + at + w, mask=at + w < length, other=0.0)
+        tl.store(x_ptr + token, x, mask=at + w < length)
+
+
 # Numbers that change from batch to batch are not specialised on: a kernel would be compiled anew for some.
 @triton.jit(
     do_not_specialize=["slots_stride", "repetition_stride", "presence_stride", "frequency_stride", "longest"],
@@ -34,28 +65,12 @@ def _penalise(
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + p * slots_stride)
-    x_ptr += tl.load(index_ptr + p) * vocab
-    counts_ptr += slot * vocab
-    saved_ptr += p * longest
-    seen_ptr += slot * width
-    length = tl.load(length_ptr + slot).to(tl.int32)
-    w = tl.arange(0, BLOCK)
-    for at in range(0, length, BLOCK):
-        token = tl.load(seen_ptr + at + w, mask=at + w < length, other=0)
-        x = tl.load(x_ptr + token, mask=at + w < length, other=0.0)
-        tl.store(saved_ptr + at + w, x, mask=at + w < length)
-    tl.debug_barrier()
-    repetition = tl.load(repetition_ptr + p * repetition_stride)
-    presence = tl.load(presence_ptr + p * presence_stride)
-    frequency = tl.load(frequency_ptr + p * frequency_stride)
-    for at in range(0, length, BLOCK):
-        token = tl.load(seen_ptr + at + w, mask=at + w < length, other=0)
-        x = tl.load(saved_ptr + at + w, mask=at + w < length, other=0.0)
-        count = tl.load(counts_ptr + token, mask=at + w < length, other=0)
-        x = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
-        x -= count.to(tl.float32) * frequency
-        x -= tl.where(count > 0, presence, 0.0)
-        tl.store(x_ptr + token, x, mask=at + w < length)
+    penalise_row(
+        x_ptr + tl.load(index_ptr + p) * vocab, seen_ptr + slot * width,
+        tl.load(length_ptr + slot).to(tl.int32), counts_ptr + slot * vocab, saved_ptr + p * longest,
+        tl.load(repetition_ptr + p * repetition_stride), tl.load(presence_ptr + p * presence_stride),
+        tl.load(frequency_ptr + p * frequency_stride), BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -68,13 +83,9 @@ def _restore(
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + p * slots_stride)
-    x_ptr += tl.load(index_ptr + p) * vocab
     length = tl.load(length_ptr + slot).to(tl.int32)
-    w = tl.arange(0, BLOCK)
-    for at in range(0, length, BLOCK):
-        token = tl.load(seen_ptr + slot * width + at + w, mask=at + w < length, other=0)
-        x = tl.load(saved_ptr + p * longest + at + w, mask=at + w < length, other=0.0)
-        tl.store(x_ptr + token, x, mask=at + w < length)
+    x_ptr += tl.load(index_ptr + p) * vocab
+    restore_row(x_ptr, seen_ptr + slot * width, length, saved_ptr + p * longest, BLOCK)
 
 
 @triton.jit(

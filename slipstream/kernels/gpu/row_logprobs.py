@@ -22,20 +22,13 @@ WARPS = 8
 NUM_SCALARS = tl.constexpr(4)
 
 
-@triton.jit(
-    do_not_specialize=["max_stride", "values_stride", "ids_stride", "num_top"],
-    do_not_specialize_on_alignment=["token_ids_ptr", "status_ptr", "max_ptr", "values_ptr", "ids_ptr"],
-)
-def _row_logprobs(
-    x_ptr, token_ids_ptr, status_ptr, max_ptr, values_ptr, ids_ptr, out_ptr, row_stride, max_stride,
-    values_stride, ids_stride, vocab, num_top, scale, LOG_SCALE: tl.constexpr, K: tl.constexpr,
-    LINES: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit
+def store_logprobs(
+    x_ptr, token, status, largest, values_ptr, ids_ptr, out_ptr, vocab, num_top, num_columns, scale,
+    LOG_SCALE: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * row_stride
-    out_ptr += row * (NUM_SCALARS + 2 * num_top)
-    token = tl.load(token_ids_ptr + row)
-    chosen, largest = tl.load(x_ptr + token), tl.load(max_ptr + row * max_stride)
+    """Write a row's scalars, then `num_top` ids and as many logprobs, each with room for `num_columns`."""
+    chosen = tl.load(x_ptr + token)
     v = tl.arange(0, LINES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     totals, greater = tl.zeros((WIDTH,), tl.int64), tl.zeros((WIDTH,), tl.int32)
     for at in range(0, vocab, LINES * WIDTH):
@@ -47,12 +40,30 @@ def _row_logprobs(
     tl.store(out_ptr, token.to(tl.float64))
     tl.store(out_ptr + 1, chosen.to(tl.float64) - norm)
     tl.store(out_ptr + 2, (tl.sum(greater, 0) + 1).to(tl.float64))
-    tl.store(out_ptr + 3, tl.load(status_ptr + row).to(tl.float64))
+    tl.store(out_ptr + 3, status.to(tl.float64))
     k = tl.arange(0, K)
-    values = tl.load(values_ptr + row * values_stride + k, mask=k < num_top, other=0.0)
-    ids = tl.load(ids_ptr + row * ids_stride + k, mask=k < num_top, other=0)
+    values = tl.load(values_ptr + k, mask=k < num_top, other=0.0)
+    ids = tl.load(ids_ptr + k, mask=k < num_top, other=0)
     tl.store(out_ptr + NUM_SCALARS + k, ids.to(tl.float64), mask=k < num_top)
-    tl.store(out_ptr + NUM_SCALARS + num_top + k, values.to(tl.float64) - norm, mask=k < num_top)
+    tl.store(out_ptr + NUM_SCALARS + num_columns + k, values.to(tl.float64) - norm, mask=k < num_top)
+
+
+@triton.jit(
+    do_not_specialize=["max_stride", "values_stride", "ids_stride", "num_top"],
+    do_not_specialize_on_alignment=["token_ids_ptr", "status_ptr", "max_ptr", "values_ptr", "ids_ptr"],
+)
+def _row_logprobs(
+    x_ptr, token_ids_ptr, status_ptr, max_ptr, values_ptr, ids_ptr, out_ptr, row_stride, max_stride,
+    values_stride, ids_stride, vocab, num_top, scale, LOG_SCALE: tl.constexpr, K: tl.constexpr,
+    LINES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    store_logprobs(
+        x_ptr + row * row_stride, tl.load(token_ids_ptr + row), tl.load(status_ptr + row),
+        tl.load(max_ptr + row * max_stride), values_ptr + row * values_stride, ids_ptr + row * ids_stride,
+        out_ptr + row * (NUM_SCALARS + 2 * num_top), vocab, num_top, num_top, scale, LOG_SCALE, K, LINES,
+        WIDTH,
+    )  # fmt: skip
 
 
 def row_logprobs(

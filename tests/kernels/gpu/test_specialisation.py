@@ -182,6 +182,7 @@ def look_up(m: Model, n: int) -> None:
 
 def sample(m: Model, n: int) -> None:
     from slipstream.kernels.gpu import (
+        draw_append,
         full_draw,
         greedy_append,
         leaders,
@@ -189,6 +190,7 @@ def sample(m: Model, n: int) -> None:
         nucleus,
         penalties,
         row_logprobs,
+        step_extras,
     )
 
     x, rows, wide = torch.empty(n, m.vocab), ints(n, at=n), view(n, 3, dtype=torch.float64, at=n)
@@ -201,6 +203,15 @@ def sample(m: Model, n: int) -> None:
     row_logprobs.row_logprobs(x, rows, status, leading[0][:, 0], leading, bits=30)
     tokens = torch.empty(64, 512, dtype=torch.int32)
     greedy_append.greedy_append(x, rows, tokens, ints(64, at=0), ints(2, n, at=n))
+    floats, table = torch.empty(64, 6, dtype=torch.float64), ints(64, 6, at=0)
+    draw_append.draw_append(
+        x, rows, (floats, table, ints(64, at=0)), tokens, ints(64, at=0), ints(2, n, at=n),
+        columns=(0, 1, 2, 0, 2), bits=30,
+    )  # fmt: skip
+    columns = step_extras.ExtraColumns(repetition=3, presence=4, frequency=5, slot=5, num_top=6)
+    asked = (floats, ints(64, 7, at=0), ints(5, at=0))
+    extras = step_extras.StepExtras.prepare_rows(x, ints(2, n, at=n), asked, columns=columns, max_top=20)
+    extras.finish_rows(ints(2, n, at=n), torch.empty(n, 44, dtype=torch.float64), bits=30)
     noise.uniform(rows, ints(64, 8, at=0), ints(64, at=0), key_column=0, sample_column=2)
     lists = (torch.empty(8, 64, dtype=torch.int32), torch.empty(8, 512, dtype=torch.int64), ints(8, at=0))
     columns = view(n, 3, dtype=torch.float32, at=n)
@@ -235,6 +246,11 @@ BOUNDS = {
     "span_inputs._look_up": 1,
     "nucleus._draw_nucleus": 1,
     "full_draw._draw_full": 1,
+    "draw_append._draw_full_rows": 1,
+    "draw_append._draw_nucleus_rows": 1,
+    "step_extras._note_maxima": 1,
+    "step_extras._lead_and_penalise": 1,
+    "step_extras._finish": 1,
     "leaders._block_maxima": 1,
     "leaders._lead": 1,
     "row_logprobs._row_logprobs": 1,
