@@ -38,7 +38,7 @@ LEAST = 64 if HAS_GPU else 16
 CUTS = [
     Tile(LEAST, 32, 32, 2, 4),
     Tile(LEAST, 16, 64, 3, 4, ahead=2),
-    Tile(16, LEAST, 32, 2, 4, weights_first=True, ahead=1),
+    Tile(16, LEAST, 32, 2, 4, weights_first=True, ahead=2),
     Tile(LEAST, LEAST, 32, 2, 4, group=2, in_turn=True),
     Tile(2 * LEAST, 32, 64, 3, 4, group=1, in_turn=True),
 ]
