@@ -35,9 +35,8 @@ from slipstream.kernels.gpu.paged_decode import (
 MAX_REGISTERS = 128
 # Blocks of keys on their way while one is worked on.
 STAGES = 3
-# Of a row's own parts, and values of those that are joined to what a shared beginning gave: more at once
-# would take registers from the blocks of keys.
-PARTS_AT_ONCE, JOINED_VALUES = 4, 4096
+# Of a row's own parts; more at once would take registers from the blocks of keys.
+PARTS_AT_ONCE = 4
 
 
 class PrefixParts(NamedTuple):
@@ -235,7 +234,7 @@ def balanced_decode(
     assert programs < len(counters), "a counter for each border"
     part, stats = make_lines(2 * programs * group, size, q_RNH.device)
     found = prefixes or PrefixParts(borders, part, stats, 1)
-    parts = parts_at_once(group, size, values=JOINED_VALUES)
+    parts = parts_at_once(group, size)
     if prefixes is None:
         parts = min(parts, PARTS_AT_ONCE)
     is_exact, block_h = q_RNH.dtype == torch.float32, max(16, triton.next_power_of_2(size))

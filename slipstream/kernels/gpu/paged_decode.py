@@ -23,13 +23,16 @@ from torch import Tensor
 from slipstream.kernels.gpu.launching import launch_options, sms_of, start_next, wait_for_previous
 
 LOG2_E = math.log2(math.e)
-# Programs per multiprocessor that keep memory busy, and the most shares worth joining.
+# Programs per multiprocessor that keep memory busy.
 PROGRAMS_PER_SM = 4
-MAX_SPLITS = 32
+# The most shares worth joining, and of contexts that can be long. How long they are is not known where a step
+# is captured: more programs, with more registers to join in one turn, cost a short context microseconds.
+MAX_SPLITS, MAX_LONG_SPLITS = 16, 32
+LONG = 16384
 # Fewer positions than this are not shared: joining would cost more.
 MIN_SHARE = 64
-# Values of parts that are joined at once, 128 for each thread: a second turn costs more than registers do.
-JOINED_VALUES = 16384
+# Values of parts that are joined at once, 32 for each thread, and of long contexts: all parts, in one turn.
+JOINED_VALUES, LONG_JOINED_VALUES = 4096, 16384
 
 
 @triton.constexpr_function
@@ -200,7 +203,8 @@ def _decode(
 def choose_splits(num_programs: int, max_len: int, *, sms: int) -> int:
     """Return into how many shares a context of at most `max_len` is cut; a function of host bounds alone."""
     wanted = sms * PROGRAMS_PER_SM // max(1, num_programs)
-    return max(1, min(wanted, MAX_SPLITS, -(-max_len // MIN_SHARE)))
+    most = MAX_LONG_SPLITS if max_len > LONG else MAX_SPLITS
+    return max(1, min(wanted, most, -(-max_len // MIN_SHARE)))
 
 
 def paged_decode(
@@ -235,6 +239,7 @@ def shape_of(x: Tensor, kv_P2tKH: Tensor, rows: int, heads: int, max_len: int, w
     """Return how a step of `rows` rows is cut, and how its programs run: keyword arguments of a launch."""
     kv_heads, size = kv_P2tKH.shape[3:]
     splits = choose_splits(rows * kv_heads, min(max_len, window) if window else max_len, sms=sms_of(x))
+    values = LONG_JOINED_VALUES if splits > MAX_SPLITS else JOINED_VALUES
     is_exact = x.dtype == torch.float32
     block_h = max(16, triton.next_power_of_2(size))
     return {
@@ -244,7 +249,7 @@ def shape_of(x: Tensor, kv_P2tKH: Tensor, rows: int, heads: int, max_len: int, w
         "BLOCK_G": max(16, triton.next_power_of_2(heads // kv_heads)),
         "BLOCK_N": 32 if is_exact or block_h > 128 else 64,
         "BLOCK_H": block_h,
-        "BLOCK_S": min(triton.next_power_of_2(splits), parts_at_once(heads // kv_heads, size)),
+        "BLOCK_S": min(triton.next_power_of_2(splits), parts_at_once(heads // kv_heads, size, values=values)),
         "IS_EXACT": is_exact,
         "num_warps": 4,
         "num_stages": 2 if is_exact else 3,
@@ -254,7 +259,7 @@ def shape_of(x: Tensor, kv_P2tKH: Tensor, rows: int, heads: int, max_len: int, w
 def parts_at_once(group: int, size: int, *, values: int = JOINED_VALUES) -> int:
     """Return how many parts, each of a kv head's query heads, are joined at once; a power of two."""
     part: int = triton.next_power_of_2(group) * max(16, triton.next_power_of_2(size))
-    return max(1, min(MAX_SPLITS, values // part))
+    return max(1, min(MAX_LONG_SPLITS, values // part))
 
 
 def make_parts(
