@@ -95,7 +95,8 @@ class Pacing:
     def _affordable(self, spare_s: float, growth: float) -> int:
         """Return how many tokens fit by the line through what is known."""
         chunk, chunk_s = self._chunk, statistics.median(self._chunk_s)
-        slope_s = self._slope_s
+        # A token more costs no more than one did on average: what any chunk costs is never below 0.
+        slope_s = min(self._slope_s, chunk_s / chunk)
         place = bisect.bisect_right(self._even_chunks, chunk)
         longest = max(int(growth * chunk), *self._even_chunks[place : place + 1], self._min_chunk)
         if slope_s <= 0.0:

@@ -175,10 +175,10 @@ class ProcessClient:
         return events
 
     def _take(self) -> list[TokenEvent]:
-        """Take what has come in its order; a reply waits until the events before it are out."""
+        """Take what has come in its order; anything else waits until the events before it are out."""
         events: list[TokenEvent] = []
         while self._inbox:
-            if events and isinstance(self._inbox[0], Reply):
+            if events and not isinstance(self._inbox[0], Events):
                 break
             message = self._inbox.popleft()
             match message:

@@ -143,7 +143,8 @@ def test_a_pool_beyond_memory_says_why_it_was_so_large(slipstream: Slipstream, t
     refused = slipstream(
         "bench", "throughput", tiny_path, "--isl", "1m", "--osl", "1m", "--num-requests", 10**6, "--runs", 1
     )
-    assert refused.code == 1 and refused.err.startswith("Error: ")
+    # What is compiled once may be said before.
+    assert refused.code == 1 and "Error: KvCacheConfig(" in refused.err
     assert "all requests to run at once" in refused.err
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from slipstream.core.env import child_environment
 from slipstream.core.errors import CheckpointError, ConfigError, EngineError, MissingExtraError
+from slipstream.core.outputs import TokenEvent
 from slipstream.engine import sockets
 from slipstream.engine.config import EngineConfig
 from slipstream.engine.engine_process import EngineProcess, start_engine_process
@@ -27,6 +28,7 @@ from slipstream.engine.liveness import LivenessLimits
 from slipstream.engine.process_client import ProcessClient
 from slipstream.engine.router_client import RouterClient
 from slipstream.engine.service import EngineService
+from slipstream.engine.wire import Events, Failure
 from tests.engine.served import DEADLINE_S, INFO, Stream, door, eventually, prompt
 
 CHILD = "tests.engine.fault_child"
@@ -301,6 +303,18 @@ def test_r47_a_drained_engine_ends_what_runs(process: EngineProcess, service: En
     for stream in streams:
         stream.check()
     assert process.wait(DEADLINE_S) and "status 0" in process.cause
+
+
+def test_r47_last_events_that_come_with_the_end_are_not_lost(process: EngineProcess) -> None:
+    client = ProcessClient(process.endpoint)
+    try:
+        last = TokenEvent("r", 0, [7], finish_reason="length")
+        client._inbox += [Events([last]), Failure("The engine is shut down.")]
+        assert client._take() == [last]
+        with pytest.raises(EngineError, match="shut down"):
+            client._take()
+    finally:
+        client.close()
 
 
 def test_r47_stop_waits_for_what_runs_only_as_long_as_it_may(

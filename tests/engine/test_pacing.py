@@ -190,3 +190,18 @@ def test_many_that_wait_for_few_are_not_kept_waiting_by_caution() -> None:
         chunks.append(pacing.budget(num_decodes=8, num_prompts=200) or 0)
         pacing.observe(num_decodes=8, num_prefill_tokens=chunks[-1], seconds=step_time(8, chunks[-1]))
     assert chunks[:3] == [64, 512, 4096] and step_time(8, chunks[3]) == pytest.approx(50 * DECODE_S, rel=0.3)
+
+
+def test_one_slow_step_does_not_freeze_long_chunks() -> None:
+    """Of two chunks of about one length one took long: the slope between them is no cost of a token."""
+    pacing = Pacing(max_decode_stretch=2.0, min_chunk=16)
+    pacing.observe(num_decodes=32, num_prefill_tokens=0, seconds=step_time(32, 0))
+    pacing.observe(num_decodes=1, num_prefill_tokens=1300, seconds=step_time(1, 1300))
+    pacing.observe(num_decodes=1, num_prefill_tokens=1400, seconds=step_time(1, 1400) + 0.5)
+    times: list[float] = []
+    for _ in range(12):
+        chunk = pacing.budget(num_decodes=32, num_prompts=1) or 0
+        times.append(step_time(32, chunk))
+        pacing.observe(num_decodes=32, num_prefill_tokens=chunk, seconds=times[-1])
+    assert max(times) <= 2.1 * DECODE_S
+    assert times[-1] >= 1.8 * DECODE_S
