@@ -8,8 +8,12 @@ from typing import Any, cast
 from slipstream.core.errors import ConfigError
 from slipstream.core.options import options
 
-# Where nothing is said: every size while steps are short, then sizes whose padding costs little.
-DEFAULT_SIZES = (1, 2, 3, 4, 6, 8, 12, *range(16, 65, 8), *range(80, 257, 16), *range(288, 513, 32))
+# Where nothing is said: every size while steps are short, then sizes whose padding costs little. Beyond
+# them an 8B model computes for as long as the host launches kernels.
+DEFAULT_SIZES = (
+    1, 2, 3, 4, 6, 8, 12,
+    *range(16, 65, 8), *range(80, 257, 16), *range(288, 513, 32), *range(576, 1025, 64),
+)  # fmt: skip
 MAX_SIZE = 4096
 MAX_BUDGET_S = 600.0
 

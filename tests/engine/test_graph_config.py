@@ -19,7 +19,7 @@ def sizes_of(**options: Any) -> tuple[int, ...]:
 
 
 def test_sizes_follow_the_bounds() -> None:
-    assert sizes_of() == DEFAULT_SIZES and DEFAULT_SIZES[-1] == 512
+    assert sizes_of() == DEFAULT_SIZES and DEFAULT_SIZES[-1] == 1024
     assert sizes_of(max_batch_size=5) == (1, 2, 3, 4, 5)
     assert sizes_of(cuda_graph_config=CudaGraphConfig(max_batch_size=7)) == (1, 2, 3, 4, 6, 7)
     asked = CudaGraphConfig(batch_sizes=[8, 1, 8, 64])
