@@ -47,13 +47,19 @@ KERNELS_NAMED = 12
 PROFILED = 256
 
 
+def requests_of(llm: LLM, name: str, work: Work) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Return the prompts of a row's work, the same every time, and the parameters of each."""
+    rng, vocab, lengths = random.Random(name), llm.startup.limits.vocab_size, work.lengths()
+    prompts = [h100_parts.draw(rng, prompt, vocab) for prompt, _ in lengths]
+    return prompts, [
+        SamplingParams(max_tokens=output, ignore_eos=True, **work.sampling) for _, output in lengths
+    ]
+
+
 def measure(llm: LLM, name: str, work: Work) -> dict[str, Any]:
     """Run one row's work, to warm up, then for the median, and once under the profiler for the names."""
-    rng = random.Random(name)
-    vocab = llm.startup.limits.vocab_size
+    prompts, params = requests_of(llm, name, work)
     lengths = work.lengths()
-    prompts = [[rng.randrange(vocab) for _ in range(prompt)] for prompt, _ in lengths]
-    params = [SamplingParams(max_tokens=output, ignore_eos=True, **work.sampling) for _, output in lengths]
     for _ in range(work.warm_ups):
         llm.generate(prompts, params, use_tqdm=False, raise_on_error=True)
     times: list[float] = []

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu_spans import spans_of
 
 from slipstream import LLM, SamplingParams
 
@@ -83,16 +84,12 @@ def idle_share(llm: LLM) -> dict[str, float]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             generate(llm, prompts, STEADY)
             torch.cuda.synchronize()
-        spans = sorted(
-            (event.time_range.start, event.time_range.end)
-            for event in profile.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        )
+        spans = spans_of(profile)
         # The last half in time is decoding alone, whatever the prompts took.
         middle = spans[0][0] + (spans[-1][1] - spans[0][0]) * (0.5 if rows == 1 else 0.9)
         steady = [span for span in spans if span[0] >= middle]
         idle, end = 0.0, steady[0][1]
-        for first, last in steady:
+        for first, last, _ in steady:
             idle += max(0.0, first - end)
             end = max(end, last)
         shares[f"P16.{rows}"] = idle / (end - steady[0][0])

@@ -28,10 +28,11 @@ from typing import Any
 
 import h100_parts
 import torch
-from h100 import engine_of, start, versions
+from gpu_spans import Span, spans_of
+from h100 import engine_of, requests_of, start, versions
 from h100_rows import WORK, Work
 
-from slipstream import LLM, SamplingParams
+from slipstream import LLM
 
 RESULT = Path(__file__).parent / "results" / "h100_step_split.json"
 RUNS, NAMED = 3, 14
@@ -47,7 +48,6 @@ OTHERS: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "P27.ttft": ({"reuse": True, "max_seq_len": 33280}, 0, h100_parts.LONG, 1),
     "P27.b1": ({"reuse": True, "max_seq_len": 33280}, h100_parts.LONG, 16, 65),
 }
-Span = tuple[float, float, str]
 
 
 class Card:
@@ -83,18 +83,6 @@ class Card:
             return {}
         clock, power = (statistics.median(column) for column in zip(*busy, strict=True))
         return {"sm_mhz": clock, "watts": power, "readings": len(self.seen)}
-
-
-def spans_of(profile: Any) -> list[Span]:
-    """Return (start, end, name) in ms of everything that ran on the card, by start."""
-    device = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
-    events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == device]
-    origin = min((event.start_ns() for event in events), default=0)
-    found = []
-    for event in events:
-        start_ms = (event.start_ns() - origin) / 1e6
-        found.append((start_ms, start_ms + event.duration_ns() / 1e6, event.name()))
-    return sorted(found)
 
 
 def shares(spans: Sequence[Span]) -> dict[str, Any]:
@@ -165,10 +153,7 @@ def call_of(llm: LLM, name: str) -> Callable[[], None]:
 
 
 def plain_call(llm: LLM, name: str, work: Work) -> Callable[[], None]:
-    rng, vocab = random.Random(name), llm.startup.limits.vocab_size
-    lengths = work.lengths()
-    prompts = [[rng.randrange(vocab) for _ in range(prompt)] for prompt, _ in lengths]
-    params = [SamplingParams(max_tokens=output, ignore_eos=True, **work.sampling) for _, output in lengths]
+    prompts, params = requests_of(llm, name, work)
     return lambda: llm.generate(prompts, params, use_tqdm=False, raise_on_error=True) and None
 
 

@@ -114,22 +114,44 @@ def make(config: EngineConfig, progress: Progress) -> ServedEngine:
         KvCache(groups, num_pages), max_batch_size=max_batch_size, max_num_tokens=max_num_tokens
     )
     engine = Engine(scheduler, InstantRunner(words), depth=1)  # type: ignore[arg-type]
-    info = EngineInfo(
+    info = info_without_model(
+        model,
+        limits=Limits(vocab_size=vocab_size, max_seq_len=MAX_SEQ_LEN),
+        rows=max_batch_size,
+        tokens=max_num_tokens,
+        num_pages=num_pages - 1,
+        block_tokens=BLOCK_TOKENS,
+        tokenizer=None if model == "instant" else TokenizerSource(model=model),
+    )
+    return ServedEngine(InProcessClient(engine, {"stats": Command(stats)}), info)
+
+
+def info_without_model(
+    model: str,
+    *,
+    limits: Limits,
+    rows: int,
+    tokens: int,
+    num_pages: int,
+    block_tokens: int,
+    tokenizer: TokenizerSource | None = None,
+) -> EngineInfo:
+    """Return what such an engine says of itself, for steps of so many rows and tokens."""
+    return EngineInfo(
         model=model,
         version=__version__,
-        limits=Limits(vocab_size=vocab_size, max_seq_len=MAX_SEQ_LEN),
-        max_batch_size=max_batch_size,
-        max_num_tokens=max_num_tokens,
-        num_pages=num_pages - 1,
-        tokens_per_block=BLOCK_TOKENS,
+        limits=limits,
+        max_batch_size=rows,
+        max_num_tokens=tokens,
+        num_pages=num_pages,
+        tokens_per_block=block_tokens,
         device="none",
         dtype="float32",
         quantization="unquantized",
         report=["an engine without a model, for measuring what is around it"],
         default_sampling={},
-        tokenizer=None if model == "instant" else TokenizerSource(model=model),
+        tokenizer=tokenizer,
     )
-    return ServedEngine(InProcessClient(engine, {"stats": Command(stats)}), info)
 
 
 if __name__ == "__main__":

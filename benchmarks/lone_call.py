@@ -24,8 +24,8 @@ from typing import Any
 
 import host_cost
 import torch
+from instant_engine import info_without_model
 
-from slipstream import __version__
 from slipstream.attention.triton import TritonAttention
 from slipstream.cache.groups import resolve
 from slipstream.cache.kv_cache import KvCache
@@ -35,7 +35,6 @@ from slipstream.core.sampling_params import SamplingParams
 from slipstream.engine import runner as runner_file
 from slipstream.engine.client import InProcessClient
 from slipstream.engine.engine import Engine
-from slipstream.engine.engine_info import EngineInfo
 from slipstream.engine.generation import Generation
 from slipstream.engine.graphs import Captured, GraphCapture
 from slipstream.engine.runner import Runner
@@ -109,7 +108,18 @@ class Call:
         client = InProcessClient(engine)
         # What `LLM.__init__` would make of a model.
         self.llm = LLM.__new__(LLM)
-        self.service = self.llm._service = EngineService(_info(), client, None)
+        self.service = self.llm._service = EngineService(
+            info_without_model(
+                "none",
+                limits=Limits(vocab_size=VOCAB, max_seq_len=MAX_SEQ_LEN),
+                rows=ROWS,
+                tokens=MAX_SEQ_LEN,
+                num_pages=NUM_PAGES - 1,
+                block_tokens=BLOCK_TOKENS,
+            ),
+            client,
+            None,
+        )
         self.service.hold_collector()
         self._mark_phases(engine)
 
@@ -165,23 +175,6 @@ def wait_without_lock(seconds: float) -> None:
     until, data = time.perf_counter() + seconds, bytes(16_384)
     while time.perf_counter() < until:
         zlib.crc32(data)
-
-
-def _info() -> EngineInfo:
-    return EngineInfo(
-        model="none",
-        version=__version__,
-        limits=Limits(vocab_size=VOCAB, max_seq_len=MAX_SEQ_LEN),
-        max_batch_size=ROWS,
-        max_num_tokens=MAX_SEQ_LEN,
-        num_pages=NUM_PAGES - 1,
-        tokens_per_block=BLOCK_TOKENS,
-        device="none",
-        dtype="float32",
-        quantization="unquantized",
-        report=[],
-        default_sampling={},
-    )
 
 
 def prompts_of(num_ids: int, num_cached: int, count: int) -> list[list[int]]:
