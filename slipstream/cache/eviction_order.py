@@ -44,11 +44,8 @@ class EvictionOrder:
 
     def add(self, page: int, priority: int = DEFAULT_PRIORITY, duration_s: float | None = None) -> None:
         """Add a page that was used just now; its priority is the default after `duration_s`."""
-        # As `_put`, in place: a long prompt brings many pages at once.
-        self._stamp = stamp = self._stamp + 1
-        self._bucket_of[page] = priority
-        self._buckets[priority][page] = stamp
-        self._occupied |= 1 << priority
+        self._stamp += 1
+        self._put(page, priority, self._stamp)
         if duration_s is not None:
             heapq.heappush(self._expiring, (self._clock() + duration_s, self._stamp, page))
             if len(self._expiring) > len(self._bucket_of) + SLACK:
